@@ -1,0 +1,196 @@
+"""Stage 1: run frozen encoders over pictures and keep their feature maps.
+
+    python 01_extract.py                                                     the embedded benchmark, toycity
+    python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        your own pictures, no labels needed
+    python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
+
+Each picture is scaled to a working size and passes once through each encoder; only the native maps are stored, in
+float16. A picture whose file is already there and whole is skipped, so an interrupted run goes on where it stopped.
+
+Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common import figures, run
+from common.benchmarks import (
+    find_benchmark,
+    list_pictures,
+    open_split,
+    read_image,
+    read_size,
+    resize_image,
+    working_size,
+)
+from common.encoders import ENCODERS, load_encoder
+from common.run import UserError
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def parse_arguments():
+    parser = run.arguments(__doc__)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--benchmark", default="toycity", help="whose training pictures to take (default: toycity)")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="take the pictures of a folder instead")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    parser.add_argument(
+        "--encoders", nargs="+", default=["tiny_vit", "tiny_hiera"], metavar="NAME", help="which to run"
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["pretrained"],
+        metavar="pretrained|none|NAME=FILE",
+        help="for all encoders, or a checkpoint file for one of them",
+    )
+    parser.add_argument("--limit", type=int, help="pictures, evenly spaced (default: 24 for toycity, else 200)")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, or a short side with the aspect kept (default: the benchmark's)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def choose_weights(encoders: list[str], words: list[str]) -> dict[str, str]:
+    """--weights as {encoder: "pretrained", "none" or a file}; UserError for words that mean nothing here."""
+    if unknown := [name for name in encoders if name not in ENCODERS]:
+        raise UserError(f"unknown encoder {unknown[0]!r}; known are {', '.join(ENCODERS)}")
+    weights = dict.fromkeys(encoders, "pretrained")
+    for word in sorted(words, key=lambda word: "=" in word):  # single encoders overrule the word for all
+        name, equals, file = word.partition("=")
+        if equals and name in encoders:
+            weights[name] = file
+        elif word in ("pretrained", "none"):
+            weights = dict.fromkeys(encoders, word)
+        else:
+            raise UserError(f"--weights {word}: expected pretrained, none, or NAME=FILE with NAME one of --encoders")
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+
+class Pictures(Dataset):
+    """Pictures at their working size: (name, float32 [3, H, W] in [0, 1])."""
+
+    def __init__(self, root: Path, names: list[str], size: str):
+        self.root, self.names, self.size = root, names, size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+        return self.names[index], resize_image(read_image(self.root / self.names[index]), self.size)
+
+
+def unfinished(folder: Path, encoder: str, names: list[str]) -> list[str]:
+    """The pictures without a whole feature file; damaged files are named on the screen."""
+    todo = []
+    for name in names:
+        path = run.feature_path(folder, encoder, name)
+        try:
+            safe_open(path, "pt")  # compares the file's length with what its header promises
+        except FileNotFoundError:
+            todo.append(name)
+        except SafetensorError as error:
+            print(f"{path} is damaged ({error}): extracting it again")
+            todo.append(name)
+    return todo
+
+
+def bytes_to_write(shape: tuple[int, int], channels: dict[int, int]) -> int:
+    """Of one picture's maps in float16; shape: height and width in pixels, channels: {native stride: C}."""
+    return sum(2 * c * (shape[0] // s) * (shape[1] // s) for s, c in channels.items())
+
+
+@torch.inference_mode()
+def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int) -> None:
+    """One file a picture; one picture at a time, as a folder may hold many sizes."""
+    loader = DataLoader(
+        pictures, batch_size=None, num_workers=workers, worker_init_fn=run.leave_interrupts_to_the_parent
+    )
+    for name, image in tqdm(loader, encoder.name, unit="picture"):
+        native = encoder(image[None].to(device))  # {stride: [1, C, h, w]}
+        maps = {str(s): feature[0].half().cpu().contiguous() for s, feature in native.items()}
+        with run.whole_file(run.feature_path(folder, encoder.name, name)) as temporary:
+            save_file(maps, temporary)
+
+
+def main():
+    args = parse_arguments()
+
+    # Which pictures, evenly spaced over the sorted list
+    if args.images:
+        name, root, names = None, args.images, list_pictures(args.images)
+        size = args.size or "512"
+        folder = args.run or Path("runs") / root.resolve().name
+    else:
+        name, benchmark = args.benchmark, find_benchmark(args.benchmark)
+        samples = open_split(name, args.data, "train")
+        root, names = samples.root, samples.names
+        size = args.size or benchmark.size
+        folder = args.run or Path("runs") / name
+    count = min(len(names), args.limit or (24 if name == "toycity" else 200))
+    names = [names[i * len(names) // count] for i in range(count)]
+    weights = choose_weights(args.encoders, args.weights)
+
+    run.open_run(
+        folder,
+        {
+            "benchmark": name,
+            "data": str(args.data),
+            "root": str(root),
+            "images": names,
+            "encoders": args.encoders,
+            "weights": weights,
+            "size": size,
+            "seed": args.seed,
+        },
+    )
+
+    # How much is left to do, and whether the disk can take it
+    todo = {encoder: unfinished(folder, encoder, names) for encoder in args.encoders}
+    missing = {name for names_left in todo.values() for name in names_left}
+    shapes = {name: working_size(*read_size(root / name), size) for name in sorted(missing)}
+    gigabytes = sum(bytes_to_write(shapes[n], ENCODERS[e].channels) for e in todo for n in todo[e]) / 1e9
+    print(f"{count} pictures of {root}, {len(args.encoders)} encoders: {gigabytes:.2f} GB to write under {folder}")
+    run.need_disk(folder, gigabytes)
+
+    for encoder_name in args.encoders:
+        run.seed_everything(args.seed)  # random weights are the same in every run
+        if weights[encoder_name] == "none":
+            print(
+                f"WARNING: {encoder_name} has random weights; what follows from its maps says nothing about the model"
+            )
+        if todo[encoder_name]:
+            encoder = load_encoder(encoder_name, weights[encoder_name], args.device)
+            extract(encoder, Pictures(root, todo[encoder_name], size), folder, args.device, args.workers)
+
+    # What was found
+    print(
+        f"\n{'encoder':<12} {'stride':>6} {'channels':>8} {'map':>11} {'mean':>9} {'std':>9}   first picture, float16"
+    )
+    for encoder_name in args.encoders:
+        random = "  RANDOM WEIGHTS" if weights[encoder_name] == "none" else ""
+        for stride, feature in run.read_features(run.feature_path(folder, encoder_name, names[0])).items():
+            c, h, w = feature.shape
+            mean, std = feature.float().mean(), feature.float().std()
+            print(f"{encoder_name:<12} {stride:>6} {c:>8} {f'{h} x {w}':>11} {mean:>9.3f} {std:>9.3f}{random}")
+    shown = names[:: max(1, len(names) // 3)][:3]
+    figures.draw_features(
+        folder / "features.png",
+        [resize_image(read_image(root / name), size) for name in shown],
+        {e: [run.read_features(run.feature_path(folder, e, name)) for name in shown] for e in args.encoders},
+        [e for e in args.encoders if weights[e] == "none"],
+    )
+    print(f"\nwrote {folder}/run.json, features/, features.png")
+    print(f"next: {run.command(run.STAGES[1], folder)}")
+
+
+if __name__ == "__main__":
+    run.start(main)

@@ -1,0 +1,416 @@
+"""Stage 5: evaluate the trained model.
+
+    python 05_eval.py                                the run's own benchmark, runs/toycity
+    python 05_eval.py --run runs/stride8             an ablation
+    python 05_eval.py --images holiday/              no scores: draw what the model sees on your own pictures
+
+One model answers three questions. Semantic: which class is each pixel? (mIoU) Instance: where is each thing, and how
+sure are we? (AP) Panoptic: one label for each pixel, things told apart. (PQ)
+
+Reads run.json and checkpoint.pt. Writes results.json, results.md and predictions.png, all scores in percent.
+"""
+
+import contextlib
+import io
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from common import figures, run
+from common.benchmarks import BENCHMARKS, list_pictures, on_disk, open_split, read_image, resize_image
+from common.model import FusedModel, build_model
+from common.run import UserError
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def parse_arguments():
+    parser = run.arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="data root (default: as in stage 1)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="draw predictions on a folder of pictures")
+    parser.add_argument("--limit", type=int, help="evaluate only so many images, evenly spaced")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------- inference
+
+
+@torch.inference_mode()
+def predict(model: FusedModel, image: torch.Tensor, size: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image, uint8 [3, H, W], through the model at the working `size`.
+
+    Returns class probabilities [Q, classes] without the no-object column, and mask probabilities [Q, H, W] at the
+    image's own size: the logits are enlarged, not the decisions.
+    """
+    scaled = resize_image(image, size)[None].to(device)  # [1, 3, h, w]
+    class_logits, mask_logits = model(scaled)[-1]  # [1, Q, classes + 1], [1, Q, h/4, w/4]
+    masks = F.interpolate(mask_logits.float(), image.shape[1:], mode="bilinear", align_corners=False)
+    return class_logits[0].float().softmax(-1), masks[0].sigmoid_()
+
+
+def semantic(classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Class of each pixel, int64 [H, W]: every query votes for its classes where its mask is."""
+    return torch.einsum("qc,qhw->chw", classes[:, :-1], masks).argmax(0)
+
+
+def instances(
+    classes: torch.Tensor, masks: torch.Tensor, things: list[int], top: int = 100
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `top` best pairs of query and thing class: masks bool [N, H, W], labels int64 [N], scores [N].
+
+    score = class probability x mean mask probability inside the mask.
+    """
+    scores, order = classes[:, things].flatten().topk(min(top, len(classes) * len(things)))
+    queries, labels = order // len(things), torch.tensor(things, device=order.device)[order % len(things)]
+    binary = masks > 0.5  # [Q, H, W]; made once, a query may appear with several classes
+    quality = (masks * binary).sum((1, 2)) / binary.sum((1, 2)).clamp(min=1)
+    return binary[queries], labels, scores * quality[queries]
+
+
+def panoptic(
+    classes: torch.Tensor, masks: torch.Tensor, things: list[int], sure: float = 0.8, kept: float = 0.8
+) -> tuple[torch.Tensor, list[dict]]:
+    """Segment ids int64 [H, W], 0 where nothing is claimed, and segments [{"id", "label"}].
+
+    A query takes part if its class is not no-object and has a probability above `sure`. Each pixel goes to the query
+    with the highest probability x mask; a query that keeps less than `kept` of its own mask is dropped.
+    """
+    scores, labels = classes.max(-1)
+    chosen = (labels < classes.shape[1] - 1) & (scores > sure)
+    scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]
+    ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
+    if not labels:
+        return ids, []
+    owner = (scores[:, None, None] * masks).argmax(0)  # [H, W]
+    segments, stuff = [], {}
+    for query, label in enumerate(labels):
+        own = masks[query] >= 0.5
+        region = own & (owner == query)
+        if region.sum() == 0 or region.sum() < kept * own.sum():
+            continue
+        if label in stuff:  # stuff of one class is one segment
+            ids[region] = stuff[label]
+            continue
+        segments.append({"id": len(segments) + 1, "label": label})
+        ids[region] = len(segments)
+        if label not in things:
+            stuff[label] = len(segments)
+    return ids, segments
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+class SemanticScore:
+    """Mean intersection over union from one confusion matrix over all images, as Cityscapes defines it."""
+
+    def __init__(self, class_names: list[str]):
+        self.names = class_names
+        self.confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)  # [truth, prediction]
+
+    def update(self, pred: torch.Tensor, target: torch.Tensor) -> None:
+        """pred int [H, W] of class indices; target the same, 255 where it does not count."""
+        counts = target != 255
+        pairs = target[counts].long() * len(self.names) + pred[counts].long()
+        self.confusion += torch.bincount(pairs, minlength=len(self.names) ** 2).view_as(self.confusion)
+
+    def result(self) -> dict:
+        """mIoU and per_class in percent; a class absent from the truth is NaN and left out of the mean."""
+        hit = self.confusion.diag().double()
+        truth, predicted = self.confusion.sum(1), self.confusion.sum(0)
+        iou = torch.where(truth > 0, 100 * hit / (truth + predicted - hit), torch.nan)
+        return {"mIoU": iou.nanmean().item(), "per_class": dict(zip(self.names, iou.tolist(), strict=True))}
+
+
+class CocoInstanceScore:
+    """COCO's mask AP by pycocotools. annotations: path of a COCO instances JSON, or its content."""
+
+    def __init__(self, annotations: Path | dict):
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.truth = COCO() if isinstance(annotations, dict) else COCO(annotations)
+            if isinstance(annotations, dict):
+                self.truth.dataset = annotations
+                self.truth.createIndex()
+        self.image_ids, self.detections = [], []
+
+    def update(self, image_id: int, masks: torch.Tensor, category_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """masks bool [N, H, W], category_ids int64 [N] as in the annotations, scores float [N]."""
+        self.image_ids.append(image_id)
+        for mask, category, score in zip(masks, category_ids.tolist(), scores.tolist(), strict=True):
+            if mask.any():
+                code = rle.encode(np.asfortranarray(mask.numpy(), np.uint8))
+                entry = {"image_id": image_id, "category_id": category, "segmentation": code, "score": score}
+                self.detections.append(entry)
+
+    def result(self) -> dict:
+        """AP, AP50, AP75, APs, APm, APl and per_class (by name) in percent; NaN where there is no truth."""
+        names = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = self.truth.loadRes(self.detections) if self.detections else COCO()
+            evaluation = COCOeval(self.truth, found, "segm")
+            evaluation.params.imgIds = sorted(self.image_ids)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] for all sizes, 100 detections
+        per_class = {}
+        for index, category in enumerate(evaluation.params.catIds):
+            values = precision[:, :, index]
+            per_class[self.truth.cats[category]["name"]] = (
+                100 * values[values > -1].mean() if (values > -1).any() else np.nan
+            )
+        return {
+            **{
+                name: 100 * value if value > -1 else np.nan
+                for name, value in zip(names, evaluation.stats[:6], strict=True)
+            },
+            "per_class": per_class,
+        }
+
+
+class PanopticScore:
+    """Panoptic quality by the rules of COCO's panopticapi; categories: [{"id", "isthing", "name"}].
+
+    PQ = sum of IoU over matches / (matches + half the misses + half the false alarms), by class, then the mean. A
+    predicted and a true segment of one class match if their IoU, void left out of the union, is above 0.5.
+    """
+
+    def __init__(self, categories: list[dict]):
+        self.categories = {category["id"]: category for category in categories}
+        self.iou, self.hits, self.misses, self.alarms = (defaultdict(float) for _ in range(4))  # by category id
+
+    def update(
+        self, pred_ids: torch.Tensor, pred_segments: list[dict], true_ids: torch.Tensor, true_segments: list[dict]
+    ) -> None:
+        """ids int [H, W], 0 void; segments [{"id", "category_id"(, "iscrowd" in the truth)}]."""
+        predicted = {segment["id"]: segment["category_id"] for segment in pred_segments}
+        true = {s["id"]: s["category_id"] for s in true_segments if not s.get("iscrowd")}
+        crowds = {s["category_id"]: s["id"] for s in true_segments if s.get("iscrowd")}
+        base = int(true_ids.max()) + 1
+        pairs, areas = (pred_ids.long() * base + true_ids.long()).unique(return_counts=True)
+        overlap = {divmod(pair, base): area for pair, area in zip(pairs.tolist(), areas.tolist(), strict=True)}
+        pred_area, true_area = defaultdict(int), defaultdict(int)
+        for (p, t), area in overlap.items():
+            pred_area[p] += area
+            true_area[t] += area
+
+        matched_pred, matched_true = set(), set()
+        for (p, t), area in overlap.items():
+            if p == 0 or t not in true or predicted[p] != true[t]:  # void and crowds match nothing
+                continue
+            union = pred_area[p] + true_area[t] - area - overlap.get((p, 0), 0)
+            if area / union > 0.5:
+                matched_pred.add(p)
+                matched_true.add(t)
+                self.iou[true[t]] += area / union
+                self.hits[true[t]] += 1
+        for t, category in true.items():
+            self.misses[category] += t not in matched_true
+        for p, category in predicted.items():
+            # A prediction that lies mostly on void or on a crowd of its class is no false alarm.
+            excused = overlap.get((p, 0), 0) + overlap.get((p, crowds.get(category)), 0)
+            if p not in matched_pred and excused <= 0.5 * pred_area[p]:
+                self.alarms[category] += 1
+
+    def result(self) -> dict:
+        """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; a class never met is NaN and left out."""
+        rows = {}
+        for category, entry in self.categories.items():
+            hits = self.hits[category]
+            weight = hits + self.misses[category] / 2 + self.alarms[category] / 2
+            rows[category] = (
+                100 * self.iou[category] / weight if weight else np.nan,
+                100 * self.iou[category] / max(hits, 1) if weight else np.nan,
+                100 * hits / weight if weight else np.nan,
+                bool(entry["isthing"]),
+            )
+        table = np.array(list(rows.values()), float)  # [category, (PQ, SQ, RQ, is it a thing?)]
+        parts = {"PQ": table[:, 0], "SQ": table[:, 1], "RQ": table[:, 2]}
+        parts |= {"PQ_th": table[table[:, 3] == 1, 0], "PQ_st": table[table[:, 3] == 0, 0]}
+        result = {name: float(np.nanmean(v)) if np.isfinite(v).any() else np.nan for name, v in parts.items()}
+        return result | {"per_class": {self.categories[c]["name"]: row[0] for c, row in rows.items()}}
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    model: FusedModel, samples, size: str, device: str, workers: int, indices: list[int] | None = None
+) -> dict:
+    """Score a model on a validation split; `indices` picks images. Returns {task: that score's result}.
+
+    A data set of segments that are whole things and stuff ("panoptic") gets all three scores, others their own.
+    """
+    names = [name for _, name, _ in samples.categories]
+    ids = torch.tensor([raw for raw, _, _ in samples.categories])
+    things = [label for label, (_, _, isthing) in enumerate(samples.categories) if isthing]
+    indices = list(range(len(samples))) if indices is None else indices
+    loader = DataLoader(
+        Subset(samples, indices),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=run.leave_interrupts_to_the_parent,
+    )
+    scores = {"semantic": SemanticScore(names)}
+    if samples.task == "panoptic":
+        categories = [{"id": raw, "name": name, "isthing": isthing} for raw, name, isthing in samples.categories]
+        scores["instance"] = CocoInstanceScore(coco_annotations(loader, categories))
+        scores["panoptic"] = PanopticScore(categories)
+
+    model.to(device).eval()
+    for sample in tqdm(loader, "evaluating", unit="image"):
+        classes, masks = predict(model, sample["image"], size, device)
+        scores["semantic"].update(semantic(classes, masks).cpu(), *sample["truth"]["semantic"])
+        if "panoptic" in scores:
+            found, labels, confidence = instances(classes, masks, things)
+            scores["instance"].update(sample["image_id"], found.cpu(), ids[labels.cpu()], confidence.cpu())
+            segment_ids, segments = panoptic(classes, masks, things)
+            segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
+            scores["panoptic"].update(segment_ids.cpu(), segments, *sample["truth"]["panoptic"])
+    results = {task: score.result() for task, score in scores.items()}
+    per_class = results["semantic"]["per_class"]
+    results["semantic"]["mIoU_th"] = float(np.nanmean([per_class[names[label]] for label in things] or np.nan))
+    return results
+
+
+def coco_annotations(loader: DataLoader, categories: list[dict]) -> dict:
+    """The things of a panoptic data set in the form of COCO's instances JSON."""
+    content = {"images": [], "annotations": [], "categories": categories}
+    for sample in loader:
+        height, width = sample["segments"].shape
+        content["images"].append({"id": sample["image_id"], "height": height, "width": width})
+        for index, (label, crowd) in enumerate(zip(sample["labels"].tolist(), sample["crowd"].tolist(), strict=True)):
+            if categories[label]["isthing"]:
+                mask = (sample["segments"] == index + 1).numpy()
+                annotation = {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": sample["image_id"],
+                    "category_id": categories[label]["id"],
+                    "segmentation": rle.encode(np.asfortranarray(mask, np.uint8)),
+                    "area": int(mask.sum()),
+                    "iscrowd": int(crowd),
+                }
+                content["annotations"].append(annotation)
+    return content
+
+
+def load_trained(folder: Path) -> tuple[FusedModel, dict]:
+    """The model of a run's checkpoint and the settings it was trained with."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `{run.command(run.STAGES[3], folder)}` first")
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        raise UserError(f"{path} cannot be read ({error}): run `{run.command(run.STAGES[3], folder)}` again") from None
+    settings = checkpoint["settings"]
+    if checkpoint["step"] < settings["steps"]:
+        print(f"WARNING: {path} holds step {checkpoint['step']} of {settings['steps']}: training is not finished")
+    model = build_model(settings, weights={})
+    model.load_state_dict(checkpoint["model"])
+    return model, settings
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+def headline(results: dict) -> dict[str, float]:
+    """The numbers that a reader compares, in percent, in the order of the table."""
+    wanted = {"semantic": ("mIoU", "mIoU_th"), "instance": ("AP", "AP50"), "panoptic": ("PQ", "PQ_th", "PQ_st")}
+    return {key: results[task][key] for task, keys in wanted.items() if task in results for key in keys}
+
+
+def benchmark_table(name: str, results: dict, data: Path) -> list[list[str]]:
+    """Every benchmark with the paper's number and ours, or why there is none."""
+    rows = [["benchmark", "trains on", "evaluates on", "score", "paper", "here"]]
+    for other, benchmark in BENCHMARKS.items():
+        ours = "not on disk" if not on_disk(benchmark, data) else "on disk, not evaluated"
+        if other == name:
+            ours = ", ".join(f"{value:.1f}" for key, value in headline(results).items() if key in benchmark.measures)
+        where = [" ".join(place) for place in (benchmark.trains_on, benchmark.evaluates_on)]
+        rows.append([other, *where, ", ".join(benchmark.measures), benchmark.paper or "-", ours])
+    return rows
+
+
+def class_table(results: dict) -> list[list[str]]:
+    columns = {"semantic": "IoU", "instance": "AP", "panoptic": "PQ"}
+    rows = [["class", *(columns[task] for task in results)]]
+    for name in results["semantic"]["per_class"]:
+        values = [results[task]["per_class"].get(name, np.nan) for task in results]
+        rows.append([name, *("-" if np.isnan(value) else f"{value:.1f}" for value in values)])
+    return rows
+
+
+def print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def draw_folder(model: FusedModel, settings: dict, pictures: Path, folder: Path, device: str) -> None:
+    """predictions/<picture>.png for each picture of a folder."""
+    things = [i for i, isthing in enumerate(settings["isthing"]) if isthing]
+    for name in tqdm(list_pictures(pictures), "predicting", unit="picture"):
+        image = read_image(pictures / name)
+        ids, segments = panoptic(*predict(model, image, settings["test_size"], device), things)
+        row = (image, [("prediction", ids.cpu(), [s["label"] for s in segments])])
+        path = folder / "predictions" / f"{name.replace('/', '__')}.png"
+        figures.draw_predictions(path, [row], settings["classes"])
+    print(f"wrote {folder}/predictions/")
+
+
+def main():
+    args = parse_arguments()
+    folder = args.run or Path("runs/toycity")
+    asked = run.read_stage(folder, "run.json", run.STAGES[0])
+    model, settings = load_trained(folder)
+    if args.images:
+        draw_folder(model.to(args.device).eval(), settings, args.images, folder, args.device)
+        return
+
+    name, data, size = settings["benchmark"], args.data or Path(asked["data"]), settings["test_size"]
+    samples = open_split(name, data, "val")
+    count = min(len(samples), args.limit or len(samples))
+    indices = [i * len(samples) // count for i in range(count)]
+    results = evaluate(model, samples, size, args.device, args.workers, indices)
+
+    # Three pictures: image, truth, prediction
+    things = [label for label, (_, _, isthing) in enumerate(samples.categories) if isthing]
+    rows = []
+    for index in indices[:: max(1, count // 3)][:3]:
+        sample = samples[index]
+        ids, segments = panoptic(*predict(model, sample["image"], size, args.device), things)
+        truth = ("truth", sample["segments"], sample["labels"].tolist())
+        rows.append((sample["image"], [truth, ("prediction", ids.cpu(), [s["label"] for s in segments])]))
+    figures.draw_predictions(folder / "predictions.png", rows, settings["classes"])
+
+    what = {key: settings[key] for key in ("master", "auxiliary", "stride", "fusion", "steps", "seed", "weights")}
+    run.write_json(folder / "results.json", {"benchmark": name, "images": count, **what, **results})
+    numbers = [list(headline(results)), [f"{value:.1f}" for value in headline(results).values()]]
+    tables = [numbers, class_table(results), benchmark_table(name, results, data)]
+    with run.whole_file(folder / "results.md") as temporary:
+        title = f"# {name}, {count} images\n\n" + ", ".join(f"{k} {v}" for k, v in what.items()) + "\n"
+        temporary.write_text("\n".join([title, *map(markdown, tables)]))
+    print()
+    for table in tables:
+        print_table(table)
+    print(f"wrote {folder}/results.json, results.md, predictions.png")
+    print(f"next: an ablation, say {run.command(run.STAGES[3], folder)} --fusion none --out {folder}_alone")
+
+
+if __name__ == "__main__":
+    run.start(main)

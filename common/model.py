@@ -1,0 +1,216 @@
+"""The fused model: the master's feature pyramid with the auxiliary's map at one stride, under a Mask2Former decoder.
+
+images [B, 3, H, W] -> FusedPyramid -> maps at output strides 4, 8, 16, 32
+                    -> pixel decoder (deformable attention over 8-32, lateral connection from 4)
+                    -> transformer decoder -> for each query, class logits and a mask at output stride 4
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
+
+from common.encoders import STRIDES, Encoder, load_encoder, nearest_stride, pyramid
+
+LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
+
+
+class FusedPyramid(nn.Module):
+    """Four maps for the decoder, at most one of them touched by the auxiliary.
+
+    master, auxiliary: encoders; auxiliary None or fusion "none" leaves the master alone.
+    stride: the level s* at which the auxiliary's map goes in.
+    fusion: "replace" (the method): the auxiliary's map, at its own width, in place of the master's;
+        "concat": both, side by side; "add": the master's plus the auxiliary's through a 1 x 1 convolution.
+    widths: channels of a ViT master's four levels, each a 1 x 1 convolution of its one map.
+    train_master, train_auxiliary: a frozen encoder runs in eval mode and without gradients.
+    """
+
+    def __init__(
+        self,
+        master: Encoder,
+        auxiliary: Encoder | None = None,
+        stride: int = 16,
+        fusion: str = "replace",
+        widths: tuple[int, int, int, int] = (128, 256, 512, 1024),
+        train_master: bool = True,
+        train_auxiliary: bool = False,
+    ):
+        super().__init__()
+        if fusion not in ("replace", "concat", "add", "none"):
+            raise ValueError(f"fusion must be replace, concat, add or none, not {fusion!r}")
+        if stride not in STRIDES:
+            raise ValueError(f"stride must be one of {STRIDES}, not {stride}")
+        self.master, self.stride = master, stride
+        self.fusion = fusion if auxiliary is not None else "none"
+        self.auxiliary = auxiliary if self.fusion != "none" else None
+        self.train_master, self.train_auxiliary = train_master, train_auxiliary
+        own = [s for s in STRIDES if not (s == stride and self.fusion == "replace")]  # levels that the master feeds
+
+        # What no level needs is dropped: it would cost time, and no gradient would ever reach it.
+        self.master.cut(nearest_stride(master.channels, own[-1]))
+        if self.auxiliary:
+            self.auxiliary.cut(nearest_stride(auxiliary.channels, stride))
+        self.master.requires_grad_(train_master)
+        if self.auxiliary:
+            self.auxiliary.requires_grad_(train_auxiliary)
+
+        self.projections = nn.ModuleDict()
+        channels = {s: master.channels[nearest_stride(master.channels, s)] for s in STRIDES}
+        if len(master.channels) == 1:
+            channels = dict(zip(STRIDES, widths, strict=True))
+            (width,) = master.channels.values()
+            self.projections.update({str(s): nn.Conv2d(width, channels[s], 1) for s in own})
+        if self.auxiliary:
+            width = auxiliary.channels[nearest_stride(auxiliary.channels, stride)]
+            if self.fusion == "replace":
+                channels[stride] = width
+            elif self.fusion == "concat":
+                channels[stride] += width
+            else:
+                self.projections["add"] = nn.Conv2d(width, channels[stride], 1)
+        self.channels = [channels[s] for s in STRIDES]
+
+    def train(self, mode: bool = True) -> "FusedPyramid":
+        super().train(mode)
+        self.master.train(mode and self.train_master)
+        if self.auxiliary:
+            self.auxiliary.train(mode and self.train_auxiliary)
+        return self
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32 -> maps at strides 4, 8, 16, 32."""
+        size = images.shape[-2:]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_master):
+            native = self.master(images)
+        levels = pyramid(native, size)
+        for s in STRIDES:
+            if str(s) in self.projections:
+                levels[s] = self.projections[str(s)](levels[s])  # [B, width of this level, H/s, W/s]
+        if self.auxiliary:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_auxiliary):
+                other = pyramid(self.auxiliary(images), size)[self.stride]  # [B, C, H/stride, W/stride]
+            if self.fusion == "add":
+                other = levels[self.stride] + self.projections["add"](other)
+            elif self.fusion == "concat":
+                other = torch.cat([levels[self.stride], other], dim=1)
+            levels[self.stride] = other
+        return [levels[s] for s in STRIDES]
+
+
+class FusedModel(nn.Module):
+    """FusedPyramid under transformers' Mask2Former decoder, randomly initialised.
+
+    classes: number of classes, no-object not counted. width: channels of the decoder, a multiple of 32.
+    decoder_layers: each predicts, and so does the learned query before the first: decoder_layers + 1 predictions.
+    """
+
+    def __init__(
+        self,
+        pyramid: FusedPyramid,
+        classes: int,
+        width: int = 256,
+        queries: int = 100,
+        encoder_layers: int = 6,
+        decoder_layers: int = 9,
+        heads: int = 8,
+        points: int = 12544,
+    ):
+        super().__init__()
+        config = Mask2FormerConfig(
+            # The library insists on a backbone of its own; the smallest it can build is made and thrown away.
+            backbone_config=SwinConfig(
+                embed_dim=8,
+                depths=[1, 1, 1, 1],
+                num_heads=[1, 1, 1, 1],
+                out_features=[f"stage{i}" for i in (1, 2, 3, 4)],
+            ),
+            num_labels=classes,
+            num_queries=queries,
+            feature_size=width,
+            mask_feature_size=width,
+            hidden_dim=width,
+            encoder_feedforward_dim=4 * width,
+            dim_feedforward=8 * width,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers + 1,
+            num_attention_heads=heads,
+            train_num_points=points,
+        )
+        whole = Mask2FormerForUniversalSegmentation(config)
+        pixel_decoder = Mask2FormerPixelDecoder(config, pyramid.channels)
+        # Built by hand, it is not initialised by the library: the level embedding would be whatever memory held.
+        pixel_decoder.apply(whole._init_weights)
+        for module in pixel_decoder.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(
+                    module.weight
+                )  # as Mask2Former's authors do; the library's std of 0.02 is small
+        self.pyramid = pyramid
+        self.pixel_decoder = pixel_decoder
+        self.transformer = whole.model.transformer_module
+        self.class_predictor = whole.class_predictor
+        self.criterion = whole.criterion
+
+    def forward(self, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32.
+
+        Returns (class logits [B, Q, classes + 1], mask logits [B, Q, H/4, W/4]) of every decoder layer, the last one's
+        last; the last class is no-object.
+        """
+        pixels = self.pixel_decoder(self.pyramid(images), return_dict=True)
+        decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
+        classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
+        return list(zip(classes, decoded.masks_queries_logits, strict=True))
+
+    def losses(self, outputs: list, masks: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weighted loss terms, each summed over the decoder's layers.
+
+        outputs: what forward returned; masks: for each image float32 [S, H, W] of 0 and 1; labels: int64 [S].
+        An image may have no segment. Raises FloatingPointError for logits or losses that are not finite, which the
+        library's matcher would hide.
+        """
+        for layer, pair in enumerate(outputs):
+            if not all(torch.isfinite(logits).all() for logits in pair):
+                raise FloatingPointError(f"the logits of decoder layer {layer} are not finite")
+        total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
+        for class_logits, mask_logits in outputs:
+            terms = self.criterion(mask_logits, class_logits, masks, labels)
+            for name, weight in LOSS_WEIGHTS.items():
+                total[name] = total[name] + weight * terms[f"loss_{name}"]
+        for name, value in total.items():
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(f"the {name} loss is {value.item()}")
+        return total
+
+
+def build_model(settings: dict, weights: dict[str, str]) -> FusedModel:
+    """The model that a checkpoint's settings describe; weights: {encoder: as in load_encoder}.
+
+    An encoder that `weights` does not name stays random: evaluation fills the whole model from the checkpoint.
+    """
+    master = load_encoder(settings["master"], weights.get(settings["master"], "none"))
+    auxiliary = None
+    if settings["fusion"] != "none":
+        auxiliary = load_encoder(settings["auxiliary"], weights.get(settings["auxiliary"], "none"))
+    levels = FusedPyramid(
+        master,
+        auxiliary,
+        settings["stride"],
+        settings["fusion"],
+        settings["vit_widths"],
+        train_master=settings["master_mode"] == "ft",
+        train_auxiliary=settings["aux_mode"] == "ft",
+    )
+    return FusedModel(
+        levels,
+        classes=len(settings["classes"]),
+        width=settings["width"],
+        queries=settings["queries"],
+        encoder_layers=settings["encoder_layers"],
+        decoder_layers=settings["decoder_layers"],
+        heads=settings["heads"],
+        points=settings["points"],
+    )

@@ -1,0 +1,43 @@
+"""Shared by the tests: no network, and one small toycity on disk."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from common import run, toycity
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data root with a small toycity: 16 training and 6 validation scenes."""
+    root = tmp_path_factory.mktemp("data")
+    toycity.write(root / "toycity", {"train": 16, "val": 6})
+    return root
+
+
+@pytest.fixture
+def stage(monkeypatch, capsys):
+    """Run a numbered stage as from the shell, in this process: stage("01_extract", "--run", folder) -> what it printed.
+
+    A mistake of the user raises run.UserError, which run.start would print as one line.
+    """
+
+    def call(name: str, *words) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        capsys.readouterr()
+        importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    run.seed_everything(0)
+    torch.set_grad_enabled(True)

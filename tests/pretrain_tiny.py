@@ -1,0 +1,76 @@
+"""Make the two encoders that ship with the project: common/tiny_vit.safetensors and tiny_hiera.safetensors.
+
+    python tests/pretrain_tiny.py tiny_hiera --steps 1500
+    python tests/pretrain_tiny.py tiny_vit --steps 1500
+
+Both learn from random weights with stage 4's own loop, alone under a Mask2Former decoder that is then thrown away, on
+the "pretrain" split of toycity: other textures, colours and layouts than the benchmark's splits. Their tasks differ as
+those of their big relatives do. tiny_hiera sees masks without classes, as SAM2 does; tiny_vit sees the classes.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import run, toycity  # noqa: E402
+from common.benchmarks import TOYCITY, Cityscapes  # noqa: E402
+from common.encoders import load_encoder  # noqa: E402
+from common.model import build_model  # noqa: E402
+
+stage4 = importlib.import_module("04_train")
+
+
+class WithoutClasses(Dataset):
+    """The same segments, all of one class."""
+
+    def __init__(self, samples: Dataset):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.samples[index]
+        return sample | {"labels": torch.zeros_like(sample["labels"])}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encoder", choices=("tiny_vit", "tiny_hiera"))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--scenes", type=int, default=600)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--folder", type=Path, help="for the training (default: runs/pretrain_<encoder>)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = args.folder or Path("runs") / f"pretrain_{args.encoder}"
+
+    toycity.write(args.data / "toycity_pretrain", {"pretrain": args.scenes})
+    samples = Cityscapes(args.data / "toycity_pretrain", "pretrain", TOYCITY, "panoptic")
+    classes = [entry[1] for entry in TOYCITY]
+    if args.encoder == "tiny_hiera":
+        samples, classes = WithoutClasses(samples), ["segment"]
+    recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, master_rate=1.0)
+    settings = {"master": args.encoder, "auxiliary": None, "stride": 16, "fusion": "none", "seed": args.seed}
+    settings |= {"master_mode": "ft", "aux_mode": "fz", "classes": classes, **dataclasses.asdict(recipe)}
+
+    run.seed_everything(args.seed)
+    model = build_model(settings, weights={})
+    stage4.train(model, samples, recipe, settings, folder, "cpu", workers=2)
+
+    path = Path(__file__).parents[1] / "common" / f"{args.encoder}.safetensors"
+    with run.whole_file(path) as temporary:
+        save_file({k: v.half().contiguous() for k, v in model.pyramid.master.model.state_dict().items()}, temporary)
+    load_encoder(args.encoder)  # reads back
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
