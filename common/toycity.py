@@ -1,0 +1,318 @@
+"""toycity, the embedded benchmark: procedural street scenes with pixel-exact labels, written in Cityscapes layout.
+
+A scene is a small world in metres (X right, Y up, Z ahead, measured along the road) seen by a pinhole camera. It is
+painted near to far, each object only where nothing nearer stands, so an object of which too little would show is
+simply left out. Cars and trucks share palette, glass, wheels and surface, house walls and clothes the palette too:
+things are told apart by shape, not by colour. Shell: python -m common.toycity --data data --train 12 --val 4
+"""
+
+import argparse
+import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+H, W = 512, 1024
+Y, X = np.arange(H, dtype=np.float32)[:, None], np.arange(W, dtype=np.float32)
+EGO, ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, PERSON, CAR, TRUCK = 1, 7, 8, 11, 17, 21, 23, 24, 26, 27
+SPLITS = {"train": 0, "val": 1, "pretrain": 2}  # part of the random seed: no scene is in two splits
+COUNTS = {"train": 120, "val": 40}
+MIN_PIXELS = 40  # an object that would show less is left out
+
+
+def colours(text):
+    return [ImageColor.getrgb("#" + word) for word in text.split()]
+
+
+GLASS, TYRE, GREY, BARK, RED, WHITE = colours("4c5966 1e1e21 5c5f62 4e3e30 aa241e e2e0c8")
+SKIN = colours("e0b496 bc8a69 78523c 543a2c")
+WEATHER = [  # likelihood; sky above, sky at the horizon, clouds; brightness, strength of the sun, share of dark windows
+    (0.60, *colours("608ecd c4d6e6 ebebeb"), 1.0, 1, 0.98),
+    (0.25, *colours("afb6be d4d8dc ebebeb"), 0.95, 0, 0.95),
+    (0.15, *colours("465a8c eba582 aaaaaa"), 0.6, 0, 0.6),
+]
+# Two kinds of city: the pretraining split has other colours, textures and geometry. Pairs are ranges in metres, focal
+# length and horizon in image heights, centre in widths. A pattern: height of a row, length of a stone, shift, joint.
+STREET = dict(
+    palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"), rough=0.6, leaf=8,
+    greens=colours("3e5c2c 546a32 304e34 68703a"), asphalt=(92, 118), wall=(0.3, 0.7, 0.5, 0.14), green=0.25,
+    paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20), tall=(6, 17), trees=(9, 20),
+    road=(5.2, 6.6), walk=(2.6, 4.2), focal=(1.1, 1.35), horizon=(0.40, 0.47), eye=(1.35, 1.75), centre=(0.38, 0.62),
+)  # fmt: skip
+PRETRAIN = dict(
+    palette=colours("3c6e96 d29646 965082 509682 dccdbe 6e4632 646490 be5a5a 464b3c 96a0aa"), rough=0.85, leaf=3,
+    greens=colours("285a46 787828 5a4628 46785a"), asphalt=(60, 150), wall=(0.25, 1.0, 0.12, 0.4), green=0.4,
+    paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2, front=(6, 11), tall=(4, 22), trees=(14, 40),
+    road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05), horizon=(0.50, 0.58), eye=(2.0, 2.7), centre=(0.25, 0.75),
+)  # fmt: skip
+
+
+def noise(rng, height, width, cell, rough):
+    """Fractal noise [height, width] in [0, 1]: random grids of `cell` pixels and finer, each weaker by `rough`."""
+    total, weight = np.zeros((height, width), np.float32), 0.0
+    for octave in range(5):
+        grid = rng.integers(0, 256, (1 + (height << octave) // cell, 1 + (width << octave) // cell), dtype=np.uint8)
+        # Pillow resizes 8-bit images in integers: the same result on every machine
+        layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR)
+        total += np.asarray(layer, np.float32) * rough**octave
+        weight += 255 * rough**octave
+    return total / weight
+
+
+def joints(pattern, u, v):
+    """Where the joints of a wall or pavement run, u metres along and v up or across: bool."""
+    row, length, shift, width = pattern
+    return (v / row % 1 < width) | ((u / length + shift * (v // row)) % 1 < width)
+
+
+def project(points, s):
+    """World points [n, 3] -> pixels [n, 2]; what is behind the lens is held before it."""
+    x, y, z = points.T
+    z = np.maximum(z, 0.7)
+    return np.stack([W * s.centre + H * s.focal * (x - s.x) / z, H * s.horizon + H * s.focal * (s.eye - y) / z], 1)
+
+
+def disc(x, y, rx, ry, corners=10):
+    turns = [2 * math.pi * i / corners for i in range(corners)]
+    return [(x - rx * math.cos(turn), y + ry * math.sin(turn)) for turn in turns]
+
+
+def solid(profile, half, rgb, glazed=False):
+    """A convex prism: profile [(z, y)], clockwise, swept from x = -half to half -> faces [(corners [n, 3], rgb)]."""
+    left, right = (np.array([(x, y, z) for z, y in profile]) for x in (-half, half))
+    faces, panes = [(left[::-1], rgb), (right, rgb)], [left[::-1], right]
+    for i, (_, dy, dz) in enumerate(left - np.roll(left, 1, 0)):
+        face, up = np.array([left[i - 1], left[i], right[i], right[i - 1]]), dz / math.hypot(dy, dz)
+        faces.append((face, [c * (1 + 0.2 * up) for c in rgb]))  # light comes from above
+        panes += [face] if abs(up) < 0.95 else []  # windows all round, none in roof and floor
+    return faces + [(p.mean(0) + (p - p.mean(0)) * (0.84, 0.74, 0.84), GLASS) for p in panes if glazed]
+
+
+def vehicle(label, rng, rgb, away):
+    """Faces of a car (low body, cabin with windows) or a truck (cab and tall box), farther parts first."""
+    if label == CAR:
+        rear, front, half, roof, back = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7), rng.uniform(0.9, 2.0)
+        body = solid([(rear, 0.3), (rear, 0.85), (1.1, 0.92), (2.1, 0.72), (front, 0.3)], half, rgb)
+        body += solid([(-back, 0.88), (0.3 - back, roof), (0.4, roof), (1.15, 0.9)], 0.82, rgb, glazed=True)
+    else:
+        rear, front, half, roof = -rng.uniform(1.6, 3.2), 2.9, 1.05, rng.uniform(2.4, 3.2)
+        box = solid([(rear, 0.4), (rear, 0.9), (1.0, 0.9), (1.0, 0.4)], half, TYRE)  # chassis: cars have as much dark
+        box += solid([(rear, 0.9), (rear, roof), (1.0, roof), (1.0, 0.9)], half, rgb)
+        cab = solid([(1.15, 0.4), (1.15, 1.25), (2.85, 1.2), (front, 0.4)], half, rgb)
+        cab += solid([(1.15, 1.25), (1.15, 2.15), (2.4, 2.15), (2.85, 1.2)], 0.97, rgb, glazed=True)
+        body = cab + box if away else box + cab
+    for z in (rear + 0.8, front - 0.8):
+        axle = solid(disc(z, 0.36, 0.36, 0.36), half + 0.01, TYRE)
+        body = axle + body + axle[:2]  # under the body, but the wheels' sides over it
+    bar = np.array([(-0.8, 0.62, 0), (-0.8, 0.72, 0), (0.8, 0.72, 0), (0.8, 0.62, 0)])
+    body += [(bar + (0, 0, rear), RED), (bar[::-1] + (0, 0, front), WHITE)]  # lamps
+    size = rng.uniform(0.85, 1.12)
+    return [(corners * size, colour) for corners, colour in body]
+
+
+def person(rng, palette):
+    """Polygons [(corners (x, y), rgb)] of a figure; shirt, sleeves and trousers from the common palette."""
+    shirt, sleeve, trousers = (palette[i] for i in rng.integers(len(palette), size=3))
+    step, size, parts = rng.uniform(-0.3, 0.3), rng.uniform(0.75, 1.08), []
+    for s in (step, -step):
+        parts.append(([(-0.12, 0.9), (s - 0.07, 0), (s + 0.14, 0), (0.13, 0.9)], trousers))
+        parts.append(([(-0.16, 1.45), (-0.9 * s - 0.3, 0.85), (-0.9 * s - 0.15, 0.82), (0, 1.4)], sleeve))
+    parts.append(([(-0.25, 1.46), (-0.2, 0.8), (0.2, 0.8), (0.25, 1.46), (0.1, 1.54), (-0.1, 1.54)], shirt))
+    parts += [(disc(0, 1.66, 0.11, 0.14), SKIN[rng.integers(4)]), (disc(0, 1.73, 0.12, 0.09), TYRE)]
+    return [([(x * size, y * size) for x, y in corners], rgb) for corners, rgb in parts]
+
+
+def tree(rng, green, leaf):
+    """Polygons of a trunk and of a crown of leaf clusters, the rear ones darker; both count as vegetation."""
+    wide, crown = rng.uniform(1.1, 2.0), rng.uniform(3.6, 5.2)
+    parts = [([(-0.16, 0), (0.16, 0), (0.1, crown), (-0.1, crown)], BARK)]
+    for i in range(80):
+        turn, far, size = rng.uniform(0, 2 * math.pi), wide * math.sqrt(rng.uniform()), rng.uniform(0.15, 0.45)
+        cluster = disc(far * math.cos(turn), crown + 0.8 * far * math.sin(turn), size, size, leaf)
+        parts.append((cluster, [c * (0.55 + 0.006 * i) * rng.uniform(0.75, 1.2) for c in green]))
+    return parts
+
+
+def objects(rng, s):
+    """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]; flat ones face the camera."""
+    found, flat = [], []
+    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, the camera's, parked
+    crossing = int(rng.integers(1, 8))  # here one vehicle shows its side, at times far away, and none stands beside it
+    slots = [(lane, k) for lane in range(4) for k in range(6) if k != crossing and (lane, k) not in ((1, 0), (2, 0))]
+    labels = rng.permutation([CAR] * rng.integers(3, 7) + [TRUCK] * rng.integers(1, 4)).tolist()
+    for label, (lane, k) in zip(labels, [(1, crossing), *rng.permutation(slots).tolist()], strict=False):
+        x, z, yaw = lanes[lane] + rng.uniform(-0.2, 0.2), 8.5 + 8 * k + rng.uniform(-1, 1), rng.uniform(-0.06, 0.06)
+        yaw += rng.choice([-1, 1]) * rng.uniform(1.1, 1.9) if k == crossing else math.pi * (lane < 2)
+        rgb = s.palette[rng.integers(len(s.palette))]
+        found.append((z, x, label, yaw, vehicle(label, rng, rgb, away=math.cos(yaw) > 0)))
+    for _ in range(rng.integers(3, 8)):
+        x, z = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5)), 5.5 + 26 * rng.random() ** 1.5
+        if rng.random() < 0.3:  # on the road, between two rows of vehicles
+            x, z = rng.uniform(-0.8, 0.8) * s.road, 12.5 + 8 * rng.integers(0, 3)
+        flat.append((z, x, PERSON, person(rng, s.palette)))
+    for side in (-1, 1):
+        for z in np.cumsum(rng.uniform(12, 26, 4)) - 6:
+            top, arm = rng.uniform(4.5, 7.5), -side * rng.uniform(0.8, 1.8)  # a lamp post, its arm over the road
+            post, beam = [(-0.09, 0), (0.09, 0), (0.06, top), (-0.06, top)], [(0, top), (arm, top), (arm, top + 0.1)]
+            parts = [(corners, GREY) for corners in (post, beam, disc(arm, top, 0.36, 0.12))]
+            flat.append((z, side * (s.road + 0.4), POLE, parts))
+        for z in np.cumsum(rng.uniform(*s.trees, 4)):
+            flat.append((z, side * (s.road + s.walk * 0.8), VEGETATION, tree(rng, s.greens[rng.integers(4)], s.leaf)))
+    for z, x, label, parts in flat:
+        found.append((z, x, label, 0, [(np.array([(x, y, 0) for x, y in corners]), rgb) for corners, rgb in parts]))
+    return sorted(found, key=lambda item: item[:2])
+
+
+def fill(canvas, where, rgb, label, depth, number=None):
+    for array, value in zip(canvas, (rgb, label, label if number is None else number, depth), strict=True):
+        array[where] = value
+
+
+def paint(canvas, s, at, yaw, faces, label, number):
+    """Paint one object where nothing nearer stands, and its shadow; False and no pixel if too little would show."""
+    turn = np.array([(math.cos(yaw), 0, -math.sin(yaw)), (0, 1, 0), (math.sin(yaw), 0, math.cos(yaw))])
+    fall = np.array([(1, 0, 0), (s.dx, 0, s.dz), (0, 0, 1)])  # along the sun's rays onto the ground
+    world, ends = np.concatenate([corners for corners, _ in faces]) @ turn + at, np.cumsum([len(c) for c, _ in faces])
+    tile, seen, cast = Image.new("RGBA", (W, H)), project(world, s).tolist(), project(world @ fall, s).tolist()
+    for (corners, rgb), end in zip(faces, ends.tolist(), strict=True):
+        polygon = [tuple(p) for p in seen[end - len(corners) : end]]
+        (x0, y0), (x1, y1), (x2, y2) = polygon[:3]
+        if label not in (CAR, TRUCK) or (x1 - x0) * (y2 - y0) > (x2 - x0) * (y1 - y0):  # faces that look away run back
+            ImageDraw.Draw(tile).polygon(polygon, fill=(*(min(int(c), 255) for c in rgb), 255))
+            ImageDraw.Draw(s.shadow).polygon([tuple(p) for p in cast[end - len(corners) : end]], fill=1)
+    x0, y0, x1, y1 = tile.getbbox() or (0, 0, 0, 0)
+    tile = np.asarray(tile.crop((x0, y0, x1, y1)))
+    ys, xs = np.nonzero((tile[..., 3] > 0) & (canvas[1][y0:y1, x0:x1] == 0))
+    if len(ys) < MIN_PIXELS:
+        return False
+    where = ys + y0, xs + x0
+    fill(canvas, where, tile[ys, xs, :3] * s.grain[where], label, at[2], number)
+    return True
+
+
+def paint_row(canvas, s, rng, side):
+    """The fronts of houses and hedges along one side of the street -> where each begins, and its height."""
+    starts, leafy = np.cumsum(rng.uniform(*s.front, 60)) - 20, rng.random(60) < s.green
+    tall = np.where(leafy, rng.uniform(2 * s.eye, 3.2 * s.eye, 60), rng.uniform(*s.tall, 60))
+    tint = np.where(leafy[:, None], rng.choice(s.greens, 60), rng.choice(s.palette, 60))
+    # in the plane of the fronts a column of pixels has one distance
+    z = H * s.focal * (s.road + s.walk - s.x * side) / np.maximum(side * (X - W * s.centre), 10)
+    block = np.searchsorted(starts, z, "right") - 1
+    up = s.eye - (Y / H - s.horizon) * (z / s.focal)
+    ragged = 1 + leafy[block] * (s.texture[0, (z * 40).astype(int) % 512] - 0.5)
+    where = ys, xs = np.nonzero((canvas[1] == 0) & (z < 100) & (up > 0) & (up < tall[block] * ragged))
+    block, up, z, leaves = block[xs], up[where], z[xs], leafy[block[xs]]
+    fine = s.texture[(up * 45).astype(int) % 512, (z * 45).astype(int) % 512]
+    tone = np.where(leaves, 0.3 + 1.3 * fine, 0.8 + 0.4 * fine - np.minimum(3.5 / z, 0.25) * joints(s.wall, z, up))
+    rgb = np.float32(tint)[block] * (tone * (0.95 - 0.12 * s.sweep * side))[:, None]
+    across, floor = z / rng.uniform(2.2, 3.4, 60)[block], up / s.storey
+    frame = np.maximum(np.abs(across % 1 - 0.5) - s.window[0], np.abs(floor % 1 - 0.52) - s.window[1])  # negative: pane
+    frame[leaves | (up > tall[block] - 0.5)] = 1
+    rgb[frame < 0.05] = 0.4 * rgb[frame < 0.05] + 110
+    glow = rng.random((64, 64))[(floor + 7 * block).astype(int) % 64, across.astype(int) % 64][frame < 0, None]
+    rgb[frame < 0] = np.where(glow > s.dark_windows, (225, 180, 110), np.float32(GLASS) * (0.5 + 0.6 * glow))
+    fill(canvas, where, rgb, np.where(leaves, VEGETATION, BUILDING), z)
+    return starts, tall
+
+
+def paint_ground(canvas, s, rng, starts, tall):
+    """Road, lane marks and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
+    where = ys, xs = np.nonzero((canvas[1] == 0) & (H * s.horizon + 1 < Y))
+    z = s.focal * s.eye / (np.float32(ys) / H - s.horizon)
+    x = (np.float32(xs) - W * s.centre) * z / (H * s.focal) + s.x
+    out, near, paved = np.abs(x), np.minimum(10 / z, 1), np.abs(x) > s.road
+    broad, fine = (s.texture[(z * step).astype(int) % 512, (x * step).astype(int) % 512] for step in (5, 30))
+    tone = 0.68 + 0.32 * broad + 0.6 * near * (fine - 0.3) - 0.2 * near * (paved & joints(s.paving, x, z))
+    tone[paved & (out < s.road + 0.18)] *= 1.25  # the kerb
+    greys = rng.uniform(*s.asphalt, (2, 1)) * rng.uniform(0.94, 1.06, (2, 3)) * [[1], [1.15]]  # road, sidewalk
+    rgb = np.float32(greys)[paved.astype(int)] * tone[:, None]
+    dash, zebra = rng.uniform(5, 9), rng.uniform(8, 40)
+    mark = (out < 0.09) & (z / dash % 1 < 0.5) | (np.abs(out - s.road + 2.5) < 0.07)
+    mark |= (np.abs(z - zebra) < 1.5) & (x % 1 < 0.5) & ~paved
+    rgb[mark] = 0.35 * rgb[mark] + (78 + 78 * broad[mark])[:, None]
+    house = np.searchsorted(starts, z - s.dz * 5, "right") - 1
+    dark = np.asarray(s.shadow)[where] | (s.road + s.walk + x * s.sweep < tall[house] * abs(s.dx))
+    rgb[dark] *= s.shade
+    fill(canvas, where, rgb, np.where(paved, SIDEWALK, ROAD), z)
+
+
+def scene(split, index, seed=0):
+    """-> image uint8 [512, 1024, 3], label ids uint8 [512, 1024], instance ids int32 [512, 1024] (label id for stuff
+    and void, label id * 1000 + number for things)."""
+    rng = np.random.default_rng((seed, SPLITS[split], index))
+    s = SimpleNamespace(**(PRETRAIN if split == "pretrain" else STREET))  # the scene: its style, then what is drawn
+    for name in ("road", "walk", "focal", "horizon", "eye", "centre"):
+        setattr(s, name, rng.uniform(*getattr(s, name)))
+    s.x = s.road / 2 - 1.2 + rng.uniform(-0.4, 0.4)  # the camera's place in its lane
+    _, high, low, white, gain, sun, s.dark_windows = WEATHER[rng.choice(3, p=[row[0] for row in WEATHER])]
+    s.side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)  # the sun's side
+    s.sweep = -s.side * sun  # the side to which shadows fall, 0 without sun; dx, dz: the shadow of one metre of height
+    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)
+    s.texture, s.grain = noise(rng, 512, 512, 32, s.rough), 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
+    s.shadow = Image.new("1", (W, H))
+    canvas = [np.zeros((H, W, 3), np.float32), *(np.zeros((H, W), kind) for kind in (np.uint8, np.int32, np.float32))]
+    if rng.random() < 0.5:  # the bonnet of the car that carries the camera
+        depth = Y - H + rng.uniform(30, 70) * (1 - 12 * (X / W - 0.5) ** 4)
+        bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.clip(depth, 0, 50)[..., None]) * s.grain
+        fill(canvas, depth > 0, bonnet[depth > 0], EGO, 1)
+    counts = {PERSON: 0, CAR: 0, TRUCK: 0}
+    for z, x, label, yaw, faces in objects(rng, s):
+        number = label * 1000 + counts[label] if label in counts else label
+        if paint(canvas, s, (x, 0, z), yaw, faces, label, number) and label in counts:
+            counts[label] += 1
+    rows = {side: paint_row(canvas, s, rng, side) for side in (-1, 1)}
+    paint_ground(canvas, s, rng, *rows[s.side])
+    hills = (canvas[1] == 0) & (H * (s.horizon - 0.12 * noise(rng, 1, W, 128, 0.5) ** 2) < Y)
+    fill(canvas, hills, np.float32(s.greens[0]) * (2.2 * s.grain[hills] - 1.2), VEGETATION, 160)
+    sky, high, low = canvas[1] == 0, np.float32(high), np.float32(low)
+    cloud = np.clip(noise(rng, H, W, 256, 0.6)[sky][:, None] * 2.2 - 1, 0, 0.7)
+    blue = high + (low - high) * np.minimum(np.float32(np.nonzero(sky)[0]) / (H * s.horizon), 1)[:, None]
+    fill(canvas, sky, blue * (1 - cloud) + np.float32(white) * cloud, SKY, 0)
+
+    image, labels, instances, depth = canvas  # then haze, light, lens and sensor
+    clear, warm = 1 / (1 + depth / rng.uniform(150, 700))[..., None], rng.uniform(-0.08, 0.08)
+    image = (image * clear + low * (1 - clear)) * np.float32([gain + warm, gain, gain - warm]) * rng.uniform(0.85, 1.15)
+    lens = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(0.5))
+    image = np.asarray(lens, np.int16) + rng.integers(-5, 6, (H, W, 3), dtype=np.int8)
+    return np.clip(image, 0, 255).astype(np.uint8), labels, instances
+
+
+def write(root, counts=COUNTS, seed=0, workers=2):
+    """Write counts = {split: scenes} under `root`; nothing to do if it exists. All goes to a folder beside `root` that
+    takes its name at the end: what is there is complete."""
+    root = Path(root)
+    if root.exists():
+        return
+    partial = root.with_name(root.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
+    for split in counts:
+        (partial / "leftImg8bit" / split / "toycity").mkdir(parents=True)
+        (partial / "gtFine" / split / "toycity").mkdir(parents=True)
+
+    def write_scene(job):
+        image, labels, instances = scene(*job, seed)
+        stem = "{}/toycity/toycity_000000_{:06d}".format(*job)
+        Image.fromarray(image).save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=1)
+        Image.fromarray(labels).save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
+        instances = Image.fromarray(instances.astype(np.uint16))
+        instances.save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
+
+    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    with ThreadPoolExecutor(workers) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
+        list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
+    partial.rename(root)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the embedded benchmark toycity, or a smaller or bigger one.")
+    parser.add_argument("--data", default="data", help="folder that gets a folder toycity")
+    for flag, default in {**dict.fromkeys(SPLITS, 0), **COUNTS, "seed": 0, "workers": 2}.items():
+        parser.add_argument(f"--{flag}", type=int, default=default, help="scenes" if flag in SPLITS else None)
+    args = parser.parse_args()
+    wanted = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    write(Path(args.data) / "toycity", wanted, args.seed, args.workers)
