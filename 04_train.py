@@ -124,10 +124,10 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
     scale = rng.uniform(*recipe.short_side) / min(height, width)
     # The crop is cut from the original and then scaled, which spares scaling what is cut away.
     box_height, box_width = min(height, round(crop_height / scale)), min(width, round(crop_width / scale))
+    size = (min(crop_height, round(height * scale)), min(crop_width, round(width * scale)))  # of the box once scaled
     top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
     image = TF.crop(sample["image"], top, left, box_height, box_width)
     segments = TF.crop(sample["segments"], top, left, box_height, box_width)
-    size = (min(crop_height, round(box_height * scale)), min(crop_width, round(box_width * scale)))
     image = TF.resize(image, size, antialias=True).float() / 255
     segments = F.interpolate(segments[None, None].float(), size, mode="nearest-exact")[0, 0].int()
     if rng.random() < 0.5:

@@ -31,7 +31,11 @@ def stage(monkeypatch, capsys):
     def call(name: str, *words) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         capsys.readouterr()
-        importlib.import_module(name).main()
+        threads = torch.get_num_threads()
+        try:
+            importlib.import_module(name).main()
+        finally:
+            torch.set_num_threads(threads)  # stage 2 sets its own
         return capsys.readouterr().out
 
     return call

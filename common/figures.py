@@ -1,0 +1,170 @@
+"""The pictures that the stages draw, each a function that takes what it shows and writes a PNG."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from common import run
+
+# Okabe and Ito's colours, told apart with any colour vision; controls are grey and differ by dash.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+DASHES = {"noise": (0, (1, 1.5)), "image": (0, (6, 2)), "shifted": (0, (5, 1.5, 1, 1.5))}
+
+
+# ------------------------------------------------------------------------------------------------- metrics.png
+
+
+def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> None:
+    """SC, EF and EF_CC over stride for each source of metrics.json, 95 % intervals shaded, controls in grey.
+
+    With selection.json's content, master and auxiliary are named and drawn bold and s* is marked.
+    """
+    panels = {"SC": "Structural Coherence, SC", "EF": "Edge Fidelity, EF", "EF_CC": "chance-corrected, EF_CC"}
+    strides = metrics["strides"]
+    selection = selection or {}
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 4), dpi=150, layout="constrained")
+    for axis, (score, title) in zip(axes, panels.items(), strict=True):
+        for i, (source, profile) in enumerate(metrics["scores"].items()):
+            mean, low, high = ([profile[str(s)][score][key] for s in strides] for key in ("mean", "low", "high"))
+            if source in metrics["controls"]:
+                axis.plot(strides, mean, color="0.45", lw=1.2, ls=DASHES[source], label=f"control: {source}")
+                continue
+            role = next((r for r in ("master", "auxiliary") if selection.get(r) == source), "")
+            random = "random weights" if source in metrics["random_weights"] else ""
+            label = ", ".join(filter(None, [source, role, random]))
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "ms": 5}
+            axis.plot(strides, mean, lw=2.6 if role else 1.6, label=label, **style)
+            axis.fill_between(strides, low, high, color=style["color"], alpha=0.18, lw=0)
+        if selection:
+            axis.axvline(selection["stride"], color="0.2", lw=1, zorder=0)
+            top = axis.get_xaxis_transform()  # x in strides, y in heights of the panel
+            axis.text(selection["stride"], 1.01, "s*", ha="center", va="bottom", fontsize=11, transform=top)
+        axis.set_title(title, fontsize=11, pad=18)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(strides, labels=[str(stride) for stride in strides])
+        axis.set_xlabel("output stride")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(0, 1)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------- loss.png
+
+
+def draw_loss(path: Path, log: list[dict]) -> None:
+    """The loss terms over the steps of log.csv: every step faint, a running mean of 50 on top."""
+    figure, axis = plt.subplots(figsize=(7, 3.5), dpi=130, layout="constrained")
+    steps = [row["step"] for row in log]
+    for colour, term in zip(
+        COLOURS, [key for key in log[0] if key not in ("step", "learning_rate", "seconds")], strict=False
+    ):
+        values = np.array([row[term] for row in log])
+        sums = np.concatenate([[0], np.cumsum(values)])
+        window = np.minimum(np.arange(1, len(values) + 1), 50)
+        ends = np.arange(1, len(values) + 1)
+        axis.plot(steps, values, color=colour, lw=0.4, alpha=0.3)
+        axis.plot(steps, (sums[ends] - sums[ends - window]) / window, color=colour, lw=1.8, label=term)
+    axis.set(xlabel="training step", ylabel="loss, weighted", yscale="log")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------- features.png
+
+
+def draw_features(path: Path, images: list, maps: dict[str, list[dict]], random_weights: list[str]) -> None:
+    """Rows of pictures, columns of encoders and native strides; a map's first three principal components as RGB.
+
+    images: float [3, H, W] in [0, 1]; maps: {encoder: for each image {native stride: [C, h, w]}}. The components are
+    those of all the pictures shown together, so within a column the same colour means the same direction.
+    """
+    columns = [(encoder, stride) for encoder, pictures in maps.items() for stride in pictures[0]]
+    height = 2.2 * sum(image.shape[1] / image.shape[2] for image in images)
+    figure, axes = plt.subplots(
+        len(images),
+        1 + len(columns),
+        figsize=(2.2 * (1 + len(columns)), height + 0.5),
+        height_ratios=[image.shape[1] / image.shape[2] for image in images],
+        squeeze=False,
+        dpi=110,
+        layout="constrained",
+    )
+    for axis, image in zip(axes[:, 0], images, strict=True):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    axes[0, 0].set_title("picture")
+    for column, (encoder, stride) in enumerate(columns, 1):
+        coloured = _principal_colours([picture[stride].float() for picture in maps[encoder]])
+        for axis, colours in zip(axes[:, column], coloured, strict=True):
+            axis.imshow(colours, interpolation="nearest")
+        random = "\nRANDOM WEIGHTS" if encoder in random_weights else ""
+        axes[0, column].set_title(f"{encoder}, stride {stride}{random}", fontsize=10)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    _save(figure, path)
+
+
+def _principal_colours(maps: list[torch.Tensor]) -> list[np.ndarray]:
+    """[C, h, w] each -> [h, w, 3] in [0, 1]: three principal components, 2nd to 98th percentile stretched."""
+    flat = torch.cat([m.flatten(1) for m in maps], dim=1).T  # [positions of all maps, C]
+    flat = torch.nan_to_num(flat - flat.mean(dim=0))
+    covariance = flat.T.double() @ flat.double()
+    parts = (flat @ torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1).float()).numpy()  # [positions, 3]
+    low, high = np.percentile(parts, [2, 98], axis=0)
+    colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
+    pieces = np.split(colours, np.cumsum([m[0].numel() for m in maps])[:-1])
+    return [piece.reshape(*m.shape[1:], 3) for piece, m in zip(pieces, maps, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------- predictions.png
+
+
+def draw_predictions(path: Path, rows: list, classes: list[str]) -> None:
+    """Rows of pictures: the image, then segments coloured by class over it, each outlined.
+
+    rows: [(image uint8 [3, H, W], [(title, segment ids int [H, W] with 0 for none, class index of segment i + 1)])].
+    """
+    columns = 1 + len(rows[0][1])
+    height = sum(4 * image.shape[1] / image.shape[2] for image, _ in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(4 * columns, height + 0.8), squeeze=False, dpi=110, layout="constrained"
+    )
+    # Hues a golden ratio apart, so that neighbouring classes differ; lightness differs as well, for all eyes.
+    hsv = [((0.6 + 0.618 * i) % 1, 0.75, (0.95, 0.6, 0.8)[i % 3]) for i in range(len(classes))]
+    palette = np.array([(0, 0, 0), *(matplotlib.colors.hsv_to_rgb(c) for c in hsv)])  # [1 + classes, 3], 0 void
+    seen = set()
+    for (image, drawings), line in zip(rows, axes, strict=True):
+        picture = image.permute(1, 2, 0).numpy() / 255
+        line[0].imshow(picture)
+        line[0].set_title("image")
+        for axis, (title, ids, labels) in zip(line[1:], drawings, strict=True):
+            ids = ids.numpy()
+            seen.update(labels[i - 1] for i in np.unique(ids) if i)
+            coloured = palette[np.array([0, *(label + 1 for label in labels)])[ids]]
+            outline = np.zeros(ids.shape, bool)
+            outline[:-1] |= ids[:-1] != ids[1:]
+            outline[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+            mixed = 0.3 * picture + 0.7 * coloured
+            mixed[outline] = 1
+            axis.imshow(mixed)
+            axis.set_title(title)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    patches = [matplotlib.patches.Patch(color=palette[label + 1], label=classes[label]) for label in sorted(seen)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    with run.whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)

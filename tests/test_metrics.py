@@ -1,0 +1,311 @@
+"""Stage 2: each metric against a small computation of its own, what degenerate maps score, and the stage end to end."""
+
+import csv
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_samples, silhouette_score
+
+from common import run
+
+metrics = importlib.import_module("02_metrics")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth(channels, height, width, seed=0):
+    """[1,C,H,W] of soft blobs over a little noise, the look of a real feature map."""
+    blobs = F.interpolate(random(1, channels, 5, 7, seed=seed), (height, width), mode="bicubic")
+    return blobs + 0.3 * random(1, channels, height, width, seed=seed + 1)
+
+
+def pictures(count, height=128, width=192):
+    """[B,3,H,W] of coloured rectangles with some grain."""
+    draw = np.random.default_rng(0)
+    images = np.full((count, 3, height, width), 0.5)
+    for image in images:
+        for _ in range(12):
+            y, x = draw.integers(0, height - 20), draw.integers(0, width - 20)
+            image[:, y : y + draw.integers(10, 60), x : x + draw.integers(10, 60)] = draw.random((3, 1, 1))
+    return torch.tensor((images + 0.02 * draw.standard_normal(images.shape)).clip(0, 1), dtype=torch.float32)
+
+
+def both(features, images):
+    return metrics.structural_coherence(features) | metrics.edge_fidelity(features, images)
+
+
+# ------------------------------------------------------------------------------------------- structural coherence
+
+
+def test_contrast_is_between_cells_over_all():
+    draw = np.random.default_rng(1)
+    cells = np.kron(draw.random((16, 16)) + 1, np.ones((3, 5)))  # [48,80], constant in each cell
+    grain = np.kron(np.ones((16, 16)), draw.standard_normal((3, 5)) * 0.2)  # the same in every cell
+    grain -= grain.mean()
+    norm = np.pad(cells + grain, ((0, 2), (0, 9)), mode="edge")  # rows and columns that must be cropped
+    total = norm.std(ddof=1) ** 2
+    expected = (cells.var() / total) / (cells.var() / total + grain[:3, :5].var() / total)
+    measured = metrics.feature_contrast(torch.tensor(norm, dtype=torch.float32)[None])
+    assert measured.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_contrast_of_small_maps_and_noise():
+    assert metrics.feature_contrast(random(1, 8, 16)).item() == pytest.approx(1, abs=1e-5)
+    assert metrics.feature_contrast(random(1, 128, 256)).item() < 0.02
+
+
+def test_silhouette_equals_scikit_learn():
+    points, labels = random(1, 300, 5), torch.arange(300)[None] % 6
+    labels[0, 0] = 6  # a cluster of one; 7 stays empty
+    expected = silhouette_score(points[0].numpy(), labels[0].numpy())
+    assert metrics.silhouette(points, labels, 8).item() == pytest.approx(expected, abs=1e-5)
+    assert silhouette_samples(points[0].numpy(), labels[0].numpy())[0] == 0
+
+
+@pytest.mark.parametrize("features", [random(1, 40, 24, 32), smooth(40, 24, 32), smooth(3, 24, 32, seed=5)])
+def test_clusters_are_as_tight_as_scikit_learn_s(features):
+    points = metrics.channels_standardised(features)
+    labels = metrics.kmeans(points, 8, torch.Generator().manual_seed(0))[0].numpy()
+    points = points[0].double().numpy()
+    inertia = sum(((points[labels == k] - points[labels == k].mean(0)) ** 2).sum() for k in range(8))
+    assert inertia < 1.01 * KMeans(8, n_init=10, random_state=0).fit(points).inertia_
+
+
+def test_clustering_score_is_close_to_scikit_learn_s():
+    ours, theirs = [], []
+    for seed in range(4):
+        features = smooth(48, 24, 32, seed=10 * seed)
+        points = features[0].flatten(1).T.double().numpy()
+        points = PCA(32, svd_solver="full").fit_transform((points - points.mean(0)) / (points.std(0) + 1e-6))
+        fits = (KMeans(k, n_init=10, random_state=0).fit_predict(points) for k in (6, 8, 10))
+        theirs.append((np.median([silhouette_score(points, labels) for labels in fits]) + 1) / 2)
+        ours.append(metrics.structural_coherence(features)["SCS"].item())
+    np.testing.assert_allclose(ours, theirs, atol=0.03)  # scikit-learn differs from itself by as much between seeds
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.01)
+
+
+def test_clear_regions_score_higher_than_noise():
+    regions = torch.eye(8).repeat_interleave(4, 1).repeat_interleave(2, 0)[None]  # [1,16,32], eight kinds of column
+    regions = regions[:, :, None].expand(-1, -1, 16, -1) + 0.01 * random(1, 16, 16, 32)
+    assert metrics.structural_coherence(regions)["SCS"] > 0.8
+    assert metrics.structural_coherence(random(1, 16, 16, 32))["SCS"] < 0.6
+
+
+# ------------------------------------------------------------------------------------------------- edge fidelity
+
+
+STEPS = (12, 31, 50)  # columns at which the striped picture changes
+
+
+def striped_picture():
+    """[1,3,30,62]: the gradients of its three steps fill exactly the top tenth of the valid area, six of 60 columns."""
+    image = torch.zeros(1, 3, 30, 62)
+    for column, value in zip(STEPS, (0.8, 0.2, 0.9), strict=True):
+        image[..., column:] = value
+    return image
+
+
+def step_features(column):
+    features = torch.zeros(1, 2, 30, 62)  # a step has two columns of gradient, on either side of it
+    features[:, 0, :, column:] = 1
+    return features
+
+
+def test_zones_are_squares_around_the_centreline():
+    core, near = metrics.edge_zones(striped_picture(), (30, 62))  # on the valid area, which begins at column 1
+    for zone, offsets in ((core, range(-3, 3)), (near, (-5, -4, 3, 4))):
+        columns = sorted(step + offset - 1 for step in STEPS for offset in offsets)
+        assert zone.all(1)[0].nonzero().flatten().tolist() == columns
+        assert zone.any(1)[0].nonzero().flatten().tolist() == columns
+
+
+@pytest.mark.parametrize(
+    ("column", "shares"), [(31, (1, 0, 0)), (35, (0, 1, 0)), (41, (0, 0, 1)), (34, (0.5, 0.5, 0)), (36, (0, 0.5, 0.5))]
+)
+def test_feature_edges_count_where_they_lie(column, shares):
+    scores = metrics.edge_fidelity(step_features(column), striped_picture())
+    assert [scores[name].item() for name in ("EC", "NC", "FAR")] == pytest.approx(shares, abs=1e-5)
+    ec, nc, far = shares
+    fc, fc_pca, sp = (scores[name].item() for name in ("FC", "FC_PCA", "SP"))
+    assert scores["EF"].item() == pytest.approx(100 * ec * nc * fc * sp, abs=1e-4)
+    assert scores["EF_RELEASED"].item() == pytest.approx(100 * nc * (1 - far) * fc_pca * sp, abs=1e-4)
+    chance = 18 / 60  # three core zones of six columns each
+    assert scores["EF_CC"].item() == pytest.approx(100 * (ec - chance) / (1 - chance) * fc_pca * sp, abs=1e-3)
+
+
+def test_picture_without_contrast_has_no_edges():
+    scores = metrics.edge_fidelity(random(1, 8, 32, 32), torch.full((1, 3, 64, 64), 0.4))
+    assert (scores["EC"], scores["NC"], scores["FAR"], scores["EF_CC"]) == (0, 0, pytest.approx(1), 0)
+
+
+def test_high_frequency_share_against_numpy():
+    norm = np.random.default_rng(3).standard_normal((20, 33)).cumsum(0)
+    windowed = (norm - norm.mean()) / norm.std(ddof=1) * np.hanning(20)[:, None] * np.hanning(33)
+    power = np.abs(np.fft.fftshift(np.fft.fft2(windowed))) ** 2
+    radius = np.hypot(*np.meshgrid(np.linspace(-1, 1, 20), np.linspace(-1, 1, 33), indexing="ij"))
+    expected = power[radius / radius.max() >= 0.15].sum() / power.sum()
+    measured = metrics.high_frequency_share(metrics.standardise(torch.tensor(norm)[None].float()))
+    assert 0.05 < expected < 0.95
+    assert measured.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.5, 2, 4])
+def test_spatial_precision_against_numpy(power):
+    """All eight offsets, each with NumPy's own correlation, on maps whose detail resembles itself over many pixels."""
+    norm = (np.hanning(48)[:, None] * np.hanning(72)) ** power + 0.01 * np.random.default_rng(0).random((48, 72)) * (
+        power < 1
+    )
+    padded = np.pad(norm, 1)
+    detail = norm - sum(padded[y : y + 48, x : x + 72] for y in range(3) for x in range(3)) / 9
+    radii = np.unique(np.round(np.logspace(0, np.log10(28), 16)).astype(int))
+    for radius in radii:
+        found, similarities = radius, []
+        for dy, dx in [(y, x) for y in (-radius, 0, radius) for x in (-radius, 0, radius) if (y, x) != (0, 0)]:
+            a = detail[max(dy, 0) : 48 + min(dy, 0), max(dx, 0) : 72 + min(dx, 0)]
+            b = detail[max(-dy, 0) : 48 + min(-dy, 0), max(-dx, 0) : 72 + min(-dx, 0)]
+            similarities.append(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+        if np.mean(similarities) < 0.5:
+            break
+    assert (found > 3) == (power > 1)
+    measured = metrics.spatial_precision(torch.tensor(norm)[None].float())
+    assert measured.item() == pytest.approx(1 / (1 + found / 64), abs=1e-5)
+
+
+def test_chance_correction_puts_noise_at_zero_and_the_picture_above():
+    images = pictures(24)
+    for stride in (4, 8):
+        noise = metrics.edge_fidelity(random(24, 64, 128 // stride, 192 // stride, seed=stride), images)["EF_CC"]
+        assert noise.mean().abs() < 3 * noise.std() / 24**0.5
+        own = F.interpolate(images, scale_factor=1 / stride, mode="bilinear")
+        own = metrics.edge_fidelity(own, images)["EF_CC"]
+        assert own.mean() - noise.mean() > 3 * (own.var() + noise.var()).sqrt() / 24**0.5
+
+
+# ------------------------------------------------------------------------------------------------ both together
+
+
+def test_degenerate_maps_score_zero_and_leave_the_others_alone():
+    images, good = pictures(1), smooth(6, 32, 48)
+    constant = torch.full_like(good, 0.7)
+    broken, infinite, barely = good.clone(), good.clone(), 1 + 1e-5 * good
+    broken[0, 2, 3, 4], infinite[0, 2, 3, 4] = torch.nan, torch.inf
+    batch = torch.cat([constant, good, broken, infinite, barely, torch.zeros_like(good)])
+    scores, alone = both(batch, images.expand(6, -1, -1, -1)), both(good, images)
+    for name, score in scores.items():
+        assert score[[0, 2, 3, 4, 5]].eq(0).all(), name
+        assert score[1].item() == pytest.approx(alone[name].item(), abs=1e-4), name
+    assert alone["SC"] > 0.1
+    assert alone["EF"] > 0
+    # A constant channel beside varying ones is no flaw; a map may have one channel; 2 x 2 pixels have no valid one.
+    with_constant = both(torch.cat([good, constant[:, :1]], 1), images)
+    assert with_constant["SC"] > 0.1
+    assert with_constant["EF"] > 0
+    assert both(smooth(1, 16, 16), images)["SC"] > 0.1
+    assert all(score.eq(0) for name, score in both(random(1, 5, 2, 2), images).items() if name != "SFC")
+
+
+def test_batch_of_three_equals_three_of_one():
+    features, images = torch.cat([smooth(24, 32, 48, seed=s) for s in (0, 20, 40)]).half(), pictures(3)
+    together = both(features, images)
+    assert set(together) == set(metrics.SCORES)
+    for i in range(3):
+        for name, score in both(features[i : i + 1], images[i : i + 1]).items():
+            assert score.dtype == torch.float32
+            assert together[name][i].item() == pytest.approx(score.item(), abs=2e-3 if "EF" in name else 1e-4), name
+
+
+def test_same_seed_same_numbers_and_autocast_changes_nothing():
+    features, images = smooth(24, 80, 96), pictures(1)  # more positions than are sampled
+    first = both(features, images)
+    torch.manual_seed(1)  # the global generator plays no part
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        second = both(features, images)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert metrics.structural_coherence(features, seed=1)["SCS"] != first["SCS"]
+
+
+# ---------------------------------------------------------------------------------------------------- the stage
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A run folder as stage 1 leaves it: three small pictures, two encoders."""
+    names = ["a.png", "b.png", "c.png"]
+    for i, (name, picture) in enumerate(zip(names, pictures(3, 64, 96), strict=True)):
+        Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / name)
+        for encoder, levels in {"tiny_vit": {16: 12}, "tiny_hiera": {4: 4, 8: 8, 16: 12, 32: 16}}.items():
+            path = run.feature_path(tmp_path, encoder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            maps = {
+                str(s): smooth(c, 64 // s, 96 // s, seed=50 * i + s)[0].half().contiguous() for s, c in levels.items()
+            }
+            save_file(maps, path)
+    settings = {
+        "root": str(tmp_path),
+        "images": names,
+        "encoders": ["tiny_vit", "tiny_hiera"],
+        "size": "64x96",
+        "seed": 0,
+    }
+    run.write_json(tmp_path / "run.json", settings | {"weights": {"tiny_vit": "none", "tiny_hiera": "pretrained"}})
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)  # the stage sets one
+
+
+def stage(monkeypatch, folder, *flags):
+    monkeypatch.setattr(sys, "argv", ["02_metrics.py", "--run", str(folder), "--device", "cpu", *flags])
+    metrics.main()
+
+
+def test_stage_writes_every_map_and_its_means_twice_the_same(filled, monkeypatch, capsys):
+    stage(monkeypatch, filled)
+    table, summary = (filled / "metrics.csv").read_text(), json.loads((filled / "metrics.json").read_text())
+    rows = list(csv.DictReader(table.splitlines()))
+    assert len(rows) == 3 * 5 * 4
+    assert summary["random_weights"] == ["tiny_vit"]
+    for source in ("tiny_hiera", "noise"):
+        values = [float(row["SC"]) for row in rows if (row["source"], row["stride"]) == (source, "8")]
+        numbers = summary["scores"][source]["8"]["SC"]
+        assert numbers["mean"] == pytest.approx(np.mean(values), abs=1e-6)
+        assert min(values) - 1e-8 <= numbers["low"] <= numbers["mean"] <= numbers["high"] <= max(values) + 1e-8
+    for stride in ("4", "8"):
+        cc = {source: summary["scores"][source][stride]["EF_CC"]["mean"] for source in ("tiny_hiera", "image")}
+        share = summary["scores"]["tiny_hiera"][stride]["EF_SHARE"]["mean"]
+        assert cc["image"] > 0
+        assert share == pytest.approx(cc["tiny_hiera"] / cc["image"])
+    assert Image.open(filled / "metrics.png").width > 900
+    printed = capsys.readouterr().out
+    assert "tiny_vit has RANDOM weights" in printed
+    assert printed.rstrip().endswith(f"python 03_select.py --run {filled}")
+    stage(monkeypatch, filled, "--workers", "1")
+    assert (filled / "metrics.csv").read_text() == table
+
+
+def test_share_is_undefined_where_the_image_itself_is_at_chance():
+    values = np.ones((4, 4, 4, len(metrics.SCORES)))  # [image, source, stride, score]
+    values[:, 2, 1] = 0  # the image control at OS 8
+    summary = metrics.summarise(values, ["x", "noise", "image", "shifted"], seed=0)
+    assert summary["x"]["8"]["EF_SHARE"]["mean"] is None
+    assert summary["x"]["4"]["EF_SHARE"]["mean"] == 1
+
+
+def test_stage_names_what_is_missing(filled, monkeypatch):
+    path = run.feature_path(filled, "tiny_hiera", "b.png")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(run.UserError, match=r"b\.png\.safetensors is damaged.*01_extract\.py"):
+        stage(monkeypatch, filled)
+    assert not (filled / "metrics.csv").exists()
+    with pytest.raises(run.UserError, match=r"run `python 01_extract\.py --run .*nowhere` first"):
+        stage(monkeypatch, filled / "nowhere")

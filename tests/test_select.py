@@ -1,0 +1,152 @@
+"""Stage 3: the rule on scores with a known winner, ties and overrides, stability, and what it says when misused."""
+
+import csv
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from common import run
+
+metrics = importlib.import_module("02_metrics")
+selection = importlib.import_module("03_select")
+
+ENCODERS = ["structure", "edges", "weak"]
+SC = np.array([[0.7, 0.8, 0.7, 0.6], [0.4, 0.3, 0.9, 0.2], [0.3, 0.5, 0.3, 0.3]])  # [encoder, stride]
+EF = np.array([[1, 2, 30, 1], [5, 20, 10, 4], [12, 6, 3, 2]], dtype=float)  # the master's own peak must not count
+NOISE = {"SC": 0.1, "EF": 3}
+
+
+def write_run(folder, sc=SC, ef=EF, spread=0.0, images=12, encoders=ENCODERS, noise=NOISE, random_weights=()):
+    """A run folder as stage 2 leaves it; scores of single images scatter by `spread` of their mean."""
+    draw = np.random.default_rng(0)
+    sources = [*encoders, *metrics.CONTROLS]
+    values = np.zeros((images, len(sources), 4, len(metrics.SCORES)))
+    for s, source in enumerate(sources):
+        for score in ("SC", "EF", "EF_RELEASED", "EF_CC"):
+            mean = (sc if score == "SC" else ef)[s] if source in encoders else noise["SC" if score == "SC" else "EF"]
+            if score == "EF_CC" and source == "image":
+                mean = np.array([10, 40, 10, 10])
+            values[:, s, :, metrics.SCORES.index(score)] = mean * (1 + spread * draw.standard_normal((images, 4)))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "source", "stride", *metrics.SCORES])
+        for i, s, k in np.ndindex(values.shape[:3]):
+            table.writerow([f"{i}.png", sources[s], metrics.STRIDES[k], *values[i, s, k]])
+    summary = {"encoders": encoders, "controls": list(metrics.CONTROLS), "strides": list(metrics.STRIDES)}
+    summary |= {"images": images, "random_weights": list(random_weights)}
+    run.write_json(folder / "metrics.json", summary | {"scores": metrics.summarise(values, sources, 0)})
+    return folder
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    def stage(folder, *flags):
+        monkeypatch.setattr(sys, "argv", ["03_select.py", "--run", str(folder), *flags])
+        selection.main()
+        chosen = json.loads((folder / "selection.json").read_text())
+        return (chosen["master"], chosen["auxiliary"], chosen["stride"]), chosen
+
+    return stage
+
+
+def test_rule_and_its_mirror():
+    assert selection.select(SC, EF)[0].tolist() == [0, 1, 1]
+    # Mean EF is highest for "edges" (9.75 to 8.5), SC then peaks highest in "structure", at OS 8.
+    assert selection.select(SC, EF, task="edges")[0].tolist() == [1, 0, 1]
+    assert selection.select(SC, EF, master=1)[0].tolist() == [1, 0, 2]
+    assert selection.select(SC, EF, auxiliary=0)[0].tolist() == [1, 0, 2]  # the next best master steps in
+    assert selection.select(SC, EF, auxiliary=2, stride=3)[0].tolist() == [0, 2, 3]
+
+
+def test_rule_on_a_stack_equals_the_rule_on_each():
+    draw = np.random.default_rng(0)
+    sc, ef = draw.random((50, 3, 4)), draw.random((50, 3, 4))
+    stacked, _ = selection.select(sc.copy(), ef.copy())
+    assert len({tuple(column) for column in stacked.T}) > 5
+    for i in range(50):
+        assert stacked[:, i].tolist() == selection.select(sc[i], ef[i])[0].tolist()
+
+
+def test_share_of_the_image_moves_the_stride(tmp_path, choose):
+    write_run(tmp_path)  # the image's own EF_CC is 40 at OS 8, 10 elsewhere: 20/40 falls behind 10/10
+    assert choose(tmp_path)[0] == ("structure", "edges", 8)
+    assert choose(tmp_path, "--score", "ef_released")[0] == ("structure", "edges", 8)
+    triple, chosen = choose(tmp_path, "--score", "ef_share", "--auxiliary", "edges")
+    assert triple == ("structure", "edges", 16)
+    assert chosen["scores"]["edges"]["EF_SHARE"] == pytest.approx({"4": 0.5, "8": 0.5, "16": 1, "32": 0.4})
+    assert choose(tmp_path, "--score", "ef_share")[0] == ("structure", "weak", 4)
+
+
+def test_overrides_are_recorded_as_chosen_by_hand(tmp_path, choose):
+    triple, chosen = choose(write_run(tmp_path), "--stride", "32", "--auxiliary", "weak")
+    assert triple == ("structure", "weak", 32)
+    assert chosen["chosen_by_hand"] == ["auxiliary", "stride"]
+    assert choose(tmp_path)[1]["chosen_by_hand"] == []
+
+
+def test_stability_is_one_for_clear_winners_and_less_for_scattered_ones(tmp_path, choose):
+    clear = choose(write_run(tmp_path, spread=0.05))[1]["stability"]
+    assert clear == {"pair": 1, "stride": 1, "all": 1, "resamples": 1000}
+    shaky = choose(write_run(tmp_path, spread=1.5))[1]["stability"]
+    assert 0.05 < shaky["all"] <= min(shaky["pair"], shaky["stride"])
+    assert shaky["pair"] < 0.99
+    assert choose(tmp_path)[1]["stability"] == shaky
+
+
+def test_warnings(tmp_path, choose, capsys):
+    assert choose(write_run(tmp_path, spread=0.05))[1]["warnings"] == []
+    _, chosen = choose(
+        write_run(tmp_path, spread=0.05, noise={"SC": 0.1, "EF": 19.9}, random_weights=["weak"], images=4)
+    )
+    for word, warning in zip(("white noise", "weak", "4 images"), chosen["warnings"], strict=True):
+        assert word in warning
+    assert chosen["random_weights"] == ["weak"]
+    assert "WARNING: weak has RANDOM weights" in capsys.readouterr().out
+    (warning,) = choose(write_run(tmp_path, noise={"SC": 0.1, "EF": 9.9}), "--task", "edges")[1]["warnings"]
+    assert "of edges over all strides, 9.75, does not clear" in warning
+
+
+@pytest.mark.parametrize("part", ["master", "auxiliary", "stride"])
+def test_ties_are_errors_until_settled_by_hand(part, tmp_path, choose):
+    sc, ef = SC.copy(), EF.copy()
+    if part == "master":
+        sc[1] = sc[0]
+    elif part == "auxiliary":
+        ef[2, 0] = ef[1, 1]
+    else:
+        ef[1, 3] = ef[1, 1]
+    write_run(tmp_path, sc, ef)
+    with pytest.raises(run.UserError, match=f"tie for the {part}.*--{part}"):
+        choose(tmp_path)
+    assert not (tmp_path / "selection.json").exists()
+    choose(tmp_path, f"--{part}", {"master": "structure", "auxiliary": "edges", "stride": "8"}[part])
+
+
+def test_table_shows_controls_and_the_next_command_follows(tmp_path, choose, capsys):
+    choose(write_run(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    (edges,) = [line.split() for line in lines if line.startswith("edges")]
+    assert edges[1:] == ["0.450", "5.000", "20.000", "10.000", "4.000"]
+    assert [line.split()[0] for line in lines if line.endswith("(control)")] == list(metrics.CONTROLS)
+    assert lines[-1] == f"next: python 04_train.py --run {tmp_path}"
+    assert (tmp_path / "metrics.png").stat().st_size > 10_000
+
+
+def test_misuse_is_told_in_one_line(tmp_path, choose):
+    with pytest.raises(run.UserError, match=r"run `python 02_metrics\.py --run .*` first"):
+        choose(tmp_path)
+    write_run(tmp_path)
+    with pytest.raises(run.UserError, match="dino is not in .*: the encoders there are structure, edges, weak"):
+        choose(tmp_path, "--master", "dino")
+    with pytest.raises(run.UserError, match="both weak"):
+        choose(tmp_path, "--master", "weak", "--auxiliary", "weak")
+    table = (tmp_path / "metrics.csv").read_text().splitlines()
+    (tmp_path / "metrics.csv").write_text("\n".join(table[:-1]))
+    with pytest.raises(run.UserError, match=r"metrics\.csv cannot be used.*02_metrics\.py"):
+        choose(tmp_path)
+    write_run(tmp_path, SC[:1], EF[:1], encoders=["structure"])
+    with pytest.raises(run.UserError, match="a pair needs two encoders"):
+        choose(tmp_path)
