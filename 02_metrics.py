@@ -411,6 +411,7 @@ def main():
         for i, j, k in np.ndindex(values.shape[:3]):
             table.writerow([names[i], sources[j], STRIDES[k], *(f"{value:.9g}" for value in values[i, j, k])])
     metrics = {
+        "benchmark": settings["benchmark"],
         "encoders": encoders,
         "controls": list(CONTROLS),
         "strides": list(STRIDES),

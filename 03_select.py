@@ -197,7 +197,11 @@ def main():
     for warning in warnings:
         print(f"WARNING: {warning}")
     print(f"\nwrote selection.json and metrics.png in {folder}")
-    print(f"next: {run.command('04_train.py', folder)}")
+    if metrics["benchmark"]:
+        print(f"next: {run.command('04_train.py', folder)}")
+    else:
+        pair = f"--encoders {selection['master']} {selection['auxiliary']}"
+        print(f"next: 04_train.py needs labels, so choose a benchmark: python 01_extract.py --benchmark NAME {pair}")
 
 
 if __name__ == "__main__":

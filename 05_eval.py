@@ -275,9 +275,14 @@ def evaluate(
             segment_ids, segments = panoptic(classes, masks, things)
             segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
             scores["panoptic"].update(segment_ids.cpu(), segments, *sample["truth"]["panoptic"])
-    results = {task: score.result() for task, score in scores.items()}
+    return with_thing_iou({task: score.result() for task, score in scores.items()}, samples.categories)
+
+
+def with_thing_iou(results: dict, categories: list) -> dict:
+    """Add mIoU_th, the mean IoU of the thing classes, to the semantic result."""
     per_class = results["semantic"]["per_class"]
-    results["semantic"]["mIoU_th"] = float(np.nanmean([per_class[names[label]] for label in things] or np.nan))
+    things = [per_class[name] for _, name, isthing in categories if isthing]
+    results["semantic"]["mIoU_th"] = float(np.nanmean(things)) if things else np.nan
     return results
 
 

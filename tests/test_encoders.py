@@ -22,7 +22,9 @@ def test_maps_have_the_promised_shapes(name):
             maps = encoder(torch.rand(2, 3, height, width))
             levels = pyramid(maps, (height, width))
         channels = ENCODERS[name].channels
-        assert {s: m.shape for s, m in maps.items()} == {s: (2, c, height // s, width // s) for s, c in channels.items()}
+        assert {s: m.shape for s, m in maps.items()} == {
+            s: (2, c, height // s, width // s) for s, c in channels.items()
+        }
         assert {s: m.shape[-2:] for s, m in levels.items()} == {s: (height // s, width // s) for s in (4, 8, 16, 32)}
 
 

@@ -35,7 +35,12 @@ def write_run(folder, sc=SC, ef=EF, spread=0.0, images=12, encoders=ENCODERS, no
         table.writerow(["image", "source", "stride", *metrics.SCORES])
         for i, s, k in np.ndindex(values.shape[:3]):
             table.writerow([f"{i}.png", sources[s], metrics.STRIDES[k], *values[i, s, k]])
-    summary = {"encoders": encoders, "controls": list(metrics.CONTROLS), "strides": list(metrics.STRIDES)}
+    summary = {
+        "benchmark": "toycity",
+        "encoders": encoders,
+        "controls": list(metrics.CONTROLS),
+        "strides": list(metrics.STRIDES),
+    }
     summary |= {"images": images, "random_weights": list(random_weights)}
     run.write_json(folder / "metrics.json", summary | {"scores": metrics.summarise(values, sources, 0)})
     return folder

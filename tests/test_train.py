@@ -161,7 +161,11 @@ def test_encoders_learn_at_a_tenth_and_norms_do_not_decay():
     assert where["pyramid.master.model.blocks.0.attn.qkv.weight"]["rate"] == pytest.approx(RECIPE.learning_rate / 10)
     assert where["pyramid.projections.4.weight"]["rate"] == RECIPE.learning_rate
     assert where["class_predictor.weight"]["weight_decay"] == RECIPE.weight_decay
-    for name in ("pyramid.master.model.norm.weight", "pixel_decoder.level_embed", "transformer.queries_embedder.weight"):
+    for name in (
+        "pyramid.master.model.norm.weight",
+        "pixel_decoder.level_embed",
+        "transformer.queries_embedder.weight",
+    ):
         assert where[name]["weight_decay"] == 0
 
 
@@ -230,5 +234,7 @@ def test_eight_pictures_can_be_overfitted(tmp_path):
     model = train(tmp_path, recipe, samples).eval()
     score = stage5.SemanticScore([name for _, name, _ in samples.categories])
     for sample in samples:
-        score.update(stage5.semantic(*stage5.predict(model, sample["image"], "64x96", "cpu")), *sample["truth"]["semantic"])
+        score.update(
+            stage5.semantic(*stage5.predict(model, sample["image"], "64x96", "cpu")), *sample["truth"]["semantic"]
+        )
     assert score.result()["mIoU"] > 95

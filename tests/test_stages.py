@@ -1,0 +1,261 @@
+"""The five stages as a person runs them: in order, out of order, interrupted, and with the mistakes people make."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import run, toycity
+from common.run import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three pictures of different sizes, one in a sub-folder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "sub").mkdir()
+    for i, (name, size) in enumerate({"a.png": (96, 64), "b c.jpg": (64, 128), "sub/a.png": (100, 90)}.items()):
+        image = toycity.scene("val", 50 + i)[0][150:400, 300:700]
+        Image.fromarray(image).resize(size).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def extract(stage, pictures, tmp_path):
+    def call(*words, folder="run", images=pictures):
+        return stage("01_extract", "--images", images, "--run", tmp_path / folder, "--size", "64", *words)
+
+    return call
+
+
+def feature_files(folder):
+    return sorted(Path(folder).rglob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------- in order
+
+
+def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
+    folder = tmp_path / "run"
+    said = stage("01_extract", "--data", data, "--run", folder, "--limit", 4)
+    assert "4 pictures" in said and f"next: python 02_metrics.py --run {folder}" in said
+    said = stage("02_metrics", "--run", folder)
+    assert "shifted" in said and f"next: python 03_select.py --run {folder}" in said
+    said = stage("03_select", "--run", folder, "--stride", 8)
+    assert f"next: python 04_train.py --run {folder}" in said
+    said = stage("04_train", "--run", folder, "--steps", 4, "--batch", 2)
+    assert f"next: python 05_eval.py --run {folder}" in said and "M are frozen" in said
+    said = stage("05_eval", "--run", folder, "--limit", 2)
+    assert "not on disk" in said and all(name in said for name in ("mIoU", "AP50", "PQ_th", "truck", "56.9"))
+    for file in ("run.json", "metrics.csv", "metrics.json", "selection.json", "log.csv", "results.json", "results.md"):
+        assert (folder / file).stat().st_size > 100, file
+    for file in ("features.png", "metrics.png", "loss.png", "predictions.png"):
+        assert Image.open(folder / file).size[0] > 500, file
+    assert json.loads((folder / "results.json").read_text())["images"] == 2
+    assert not list(folder.rglob("*.tmp"))
+
+    # The same command again finds nothing to do, or says the same.
+    before = (folder / "results.json").read_bytes()
+    stage("04_train", "--run", folder, "--steps", 4, "--batch", 2)
+    stage("05_eval", "--run", folder, "--limit", 2)
+    assert (folder / "results.json").read_bytes() == before
+
+    # An ablation goes to a folder of its own; other settings in the same folder are refused.
+    alone = tmp_path / "alone"
+    stage("04_train", "--run", folder, "--out", alone, "--fusion", "none", "--steps", 2, "--batch", 2)
+    assert json.loads((alone / "selection.json").read_text())["chosen_by_hand"] == ["stride"]
+    stage("05_eval", "--run", alone, "--limit", 1)
+    with pytest.raises(UserError, match='fusion was \'none\'|fusion was "none", now "replace"'):
+        stage("04_train", "--run", folder, "--out", alone, "--steps", 2, "--batch", 2)
+    with pytest.raises(UserError, match="--out"):
+        stage("04_train", "--run", folder, "--stride", 16)
+
+    # And the trained model looks at other pictures.
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)  # no picture: is passed over
+    Image.fromarray(toycity.scene("val", 99)[0]).save(tmp_path / "street.png")
+    stage("05_eval", "--run", alone, "--images", tmp_path / ".")
+    assert Image.open(alone / "predictions" / "street.png.png").size[0] > 500
+
+
+def test_pictures_of_any_size_without_labels(stage, extract, tmp_path):
+    said = extract("--encoders", "tiny_vit", "tiny_hiera")
+    assert "3 pictures" in said
+    names = json.loads((tmp_path / "run/run.json").read_text())["images"]
+    assert names == ["a.png", "b c.jpg", "sub/a.png"]
+    assert (tmp_path / "run/features/tiny_vit/sub__a.png.safetensors").is_file()
+    maps = run.read_features(tmp_path / "run/features/tiny_hiera/a.png.safetensors")
+    assert {s: tuple(m.shape) for s, m in maps.items()} == {
+        4: (24, 16, 24),
+        8: (48, 8, 12),
+        16: (96, 4, 6),
+        32: (192, 2, 3),
+    }
+    stage("02_metrics", "--run", tmp_path / "run")
+    with open(tmp_path / "run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * (2 + 3) * 4
+    said = stage("03_select", "--run", tmp_path / "run", "--stride", 4)
+    assert "04_train.py needs labels" in said
+    with pytest.raises(UserError, match="without labels"):
+        stage("04_train", "--run", tmp_path / "run")
+
+
+def test_random_weights_are_said_loudly(extract):
+    assert extract("--encoders", "tiny_vit", "--weights", "none").count("RANDOM WEIGHTS") == 1
+
+
+def test_weights_are_chosen_one_by_one(extract, tmp_path):
+    file = ROOT / "common/tiny_hiera.safetensors"
+    extract("--encoders", "tiny_vit", "tiny_hiera", "--weights", f"tiny_hiera={file}", "none")
+    weights = json.loads((tmp_path / "run/run.json").read_text())["weights"]
+    assert weights == {"tiny_vit": "none", "tiny_hiera": str(file)}
+    with pytest.raises(UserError, match="--weights sam2_b=x: expected"):
+        extract("--encoders", "tiny_vit", "--weights", "sam2_b=x", folder="other")
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "name, first", [("02_metrics", "01_extract.py"), ("03_select", "02_metrics.py"), ("04_train", "01_extract.py")]
+)
+def test_a_stage_before_its_predecessor_names_the_command(stage, tmp_path, name, first):
+    with pytest.raises(UserError, match=f"run `python {first} --run {tmp_path}` first"):
+        stage(name, "--run", tmp_path)
+
+
+def test_evaluation_before_training_names_the_command(stage, extract, tmp_path):
+    extract()
+    with pytest.raises(UserError, match="checkpoint.pt is missing: run `python 04_train.py"):
+        stage("05_eval", "--run", tmp_path / "run")
+
+
+def test_a_mistake_is_one_line_and_no_stack_trace(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "02_metrics.py", "--run", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+def test_unknown_names_are_answered_with_the_known_ones(stage, extract, tmp_path):
+    with pytest.raises(UserError, match="unknown encoder 'dinov4'; known are dinov3_s, .*tiny_hiera"):
+        extract("--encoders", "dinov4")
+    with pytest.raises(UserError, match="unknown benchmark 'toytown'; known are toycity, cityscapes_semantic"):
+        stage("01_extract", "--benchmark", "toytown", "--run", tmp_path / "run")
+
+
+def test_data_that_is_not_there_is_named(stage, tmp_path):
+    with pytest.raises(UserError, match=f"cityscapes_instance needs {tmp_path}/cityscapes.*--data"):
+        stage("01_extract", "--benchmark", "cityscapes_instance", "--data", tmp_path, "--run", tmp_path / "run")
+
+
+def test_folders_without_pictures_are_refused(extract, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no pictures"):
+        extract(images=tmp_path / "empty")
+    with pytest.raises(UserError, match="there is no folder"):
+        extract(images=tmp_path / "nowhere")
+
+
+def test_a_truncated_picture_is_named(extract, pictures, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(pictures, broken)
+    (broken / "b c.jpg").write_bytes((pictures / "b c.jpg").read_bytes()[:-200])
+    with pytest.raises(UserError, match="b c.jpg cannot be read as a picture"):
+        extract(images=broken)
+
+
+def test_other_settings_for_the_same_run_are_refused_by_name(extract, tmp_path):
+    extract("--encoders", "tiny_vit")
+    with pytest.raises(UserError, match=r'encoders was \["tiny_vit"\], now \["tiny_hiera"\]'):
+        extract("--encoders", "tiny_hiera")
+
+
+def test_sizes_that_make_no_sense_are_refused(extract):
+    for size in ("big", "0", "512x"):
+        with pytest.raises(UserError, match="--size"):
+            extract("--size", size)
+
+
+def test_a_full_disk_is_noticed_before_extraction(extract, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10_000))
+    with pytest.raises(UserError, match="0.00 GB free, .* GB are needed"):
+        extract()
+    assert not feature_files(tmp_path)
+
+
+def test_the_estimate_of_disk_space_is_what_is_written(stage, data, tmp_path):
+    said = stage("01_extract", "--data", data, "--run", tmp_path / "run", "--limit", 3, "--encoders", "tiny_hiera")
+    estimate = float(said.split(" GB to write")[0].rsplit(maxsplit=1)[1])
+    written = sum(path.stat().st_size for path in feature_files(tmp_path)) / 1e9
+    assert written == pytest.approx(estimate, abs=0.006)  # printed to 0.01 GB
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
+
+
+def test_a_feature_file_cut_short_is_named_and_made_again(stage, extract, tmp_path):
+    extract()
+    files = feature_files(tmp_path)
+    whole, times = files[0].read_bytes(), [path.stat().st_mtime_ns for path in files]
+    files[0].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{files[0].name} is damaged.*python 01_extract.py"):
+        stage("02_metrics", "--run", tmp_path / "run")
+    said = extract()
+    assert f"{files[0]} is damaged" in said
+    assert files[0].read_bytes() == whole
+    assert [path.stat().st_mtime_ns for path in files[1:]] == times[1:]  # the others were left alone
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run.whole_file(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
+def test_ctrl_c_in_stage_1_and_the_next_run_goes_on(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(60):
+        noise = np.random.default_rng(i).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(pictures / f"{i:02d}.png")
+    command = [
+        sys.executable,
+        "01_extract.py",
+        "--images",
+        pictures,
+        "--run",
+        tmp_path / "run",
+        "--encoders",
+        "tiny_vit",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not feature_files(tmp_path) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    done = feature_files(tmp_path)
+    assert process.returncode == 1 and "interrupted" in errors and "Traceback" not in errors
+    assert 0 < len(done) < 60 and not list((tmp_path / "run").rglob("*.tmp"))
+    for path in done:
+        run.read_features(path)
+    times = {path: path.stat().st_mtime_ns for path in done}
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert len(feature_files(tmp_path)) == 60
+    assert all(path.stat().st_mtime_ns == when for path, when in times.items())
