@@ -10,6 +10,9 @@ float16. A picture whose file is already there and whole is skipped, so an inter
 Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
 """
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -36,6 +39,7 @@ from common.run import UserError
 
 def parse_arguments():
     parser = run.arguments(__doc__)
+    parser.set_defaults(run=None)  # named after the benchmark or the folder
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--benchmark", default="toycity", help="whose training pictures to take (default: toycity)")
     source.add_argument("--images", type=Path, metavar="FOLDER", help="take the pictures of a folder instead")
@@ -50,7 +54,9 @@ def parse_arguments():
         metavar="pretrained|none|NAME=FILE",
         help="for all encoders, or a checkpoint file for one of them",
     )
-    parser.add_argument("--limit", type=int, help="pictures, evenly spaced (default: 24 for toycity, else 200)")
+    parser.add_argument(
+        "--limit", type=run.positive, help="pictures, evenly spaced (default: 24 for toycity, else 200)"
+    )
     parser.add_argument("--size", help="HEIGHTxWIDTH, or a short side with the aspect kept (default: the benchmark's)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -60,6 +66,8 @@ def choose_weights(encoders: list[str], words: list[str]) -> dict[str, str]:
     """--weights as {encoder: "pretrained", "none" or a file}; UserError for words that mean nothing here."""
     if unknown := [name for name in encoders if name not in ENCODERS]:
         raise UserError(f"unknown encoder {unknown[0]!r}; known are {', '.join(ENCODERS)}")
+    if len(set(encoders)) < len(encoders):
+        raise UserError(f"--encoders names one of {', '.join(encoders)} twice")
     weights = dict.fromkeys(encoders, "pretrained")
     for word in sorted(words, key=lambda word: "=" in word):  # single encoders overrule the word for all
         name, equals, file = word.partition("=")
@@ -108,6 +116,18 @@ def bytes_to_write(shape: tuple[int, int], channels: dict[int, int]) -> int:
     return sum(2 * c * (shape[0] // s) * (shape[1] // s) for s, c in channels.items())
 
 
+def need_disk(folder: Path, gigabytes: float) -> None:
+    """Raise UserError if `folder`'s disk has less than `gigabytes` (and 5 % of them for good measure) free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < 1.05 * gigabytes:
+        raise UserError(
+            f"{folder.absolute()} has {free:.2f} GB free, {gigabytes:.2f} GB are needed: "
+            "free some, choose a --run on another disk, or lower --limit or --size"
+        )
+
+
 @torch.inference_mode()
 def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int) -> None:
     """One file a picture; one picture at a time, as a folder may hold many sizes."""
@@ -123,6 +143,7 @@ def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int
 
 def main():
     args = parse_arguments()
+    weights = choose_weights(args.encoders, args.weights)
 
     # Which pictures, evenly spaced over the sorted list
     if args.images:
@@ -137,21 +158,11 @@ def main():
         folder = args.run or Path("runs") / name
     count = min(len(names), args.limit or (24 if name == "toycity" else 200))
     names = [names[i * len(names) // count] for i in range(count)]
-    weights = choose_weights(args.encoders, args.weights)
-
-    run.open_run(
-        folder,
-        {
-            "benchmark": name,
-            "data": str(args.data),
-            "root": str(root),
-            "images": names,
-            "encoders": args.encoders,
-            "weights": weights,
-            "size": size,
-            "seed": args.seed,
-        },
-    )
+    if len({run.feature_path(folder, "", name) for name in names}) < count:
+        raise UserError(f"{root} holds pictures whose names agree once / is written __: rename one of them")
+    settings = {"benchmark": name, "data": str(args.data), "root": str(root), "images": names, "size": size}
+    settings |= {"encoders": args.encoders, "weights": weights, "seed": args.seed}
+    run.open_run(folder, settings, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
 
     # How much is left to do, and whether the disk can take it
     todo = {encoder: unfinished(folder, encoder, names) for encoder in args.encoders}
@@ -159,7 +170,7 @@ def main():
     shapes = {name: working_size(*read_size(root / name), size) for name in sorted(missing)}
     gigabytes = sum(bytes_to_write(shapes[n], ENCODERS[e].channels) for e in todo for n in todo[e]) / 1e9
     print(f"{count} pictures of {root}, {len(args.encoders)} encoders: {gigabytes:.2f} GB to write under {folder}")
-    run.need_disk(folder, gigabytes)
+    need_disk(folder, gigabytes)
 
     for encoder_name in args.encoders:
         run.seed_everything(args.seed)  # random weights are the same in every run
@@ -189,7 +200,7 @@ def main():
         [e for e in args.encoders if weights[e] == "none"],
     )
     print(f"\nwrote {folder}/run.json, features/, features.png")
-    print(f"next: {run.command(run.STAGES[1], folder)}")
+    print(f"next: {run.command('02_metrics.py', folder)}")
 
 
 if __name__ == "__main__":

@@ -391,7 +391,7 @@ def main():
     parser = run.arguments(__doc__)
     parser.add_argument("--seed", type=int, help="seed of sampling, noise and bootstrap (default: the run's)")
     args = parser.parse_args()
-    folder = args.run or Path("runs/toycity")
+    folder = args.run
     settings = run.read_stage(folder, "run.json", "01_extract.py")
     seed = settings["seed"] if args.seed is None else args.seed
     encoders, names = settings["encoders"], settings["images"]
@@ -400,6 +400,9 @@ def main():
     # Score image by image, for their sizes may differ. The tensors are too small for two cores to share one, so each
     # worker has an image to itself and a single core; the numbers are then the same however many workers there are.
     torch.set_num_threads(1)
+    torch.linalg.eigh(
+        torch.eye(2, device=args.device)
+    )  # on a GPU the first call of all must not be made by two threads
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
         scored = pool.map(lambda name: score_image(folder, settings, name, seed, args.device), names)
         values = np.stack(list(tqdm(scored, desc="metrics", unit="image", total=len(names))))

@@ -14,7 +14,6 @@ Reads metrics.json and metrics.csv. Writes selection.json and draws the choice i
 """
 
 import csv
-from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +33,7 @@ def select(sc, ef, task="segmentation", master=None, auxiliary=None, stride=None
     """Choose master, auxiliary and stride by mean scores sc and ef, each [..., encoder, stride] (rule: paper).
 
     Returns (choice, lead), both [3, ...] in that order: indices, and the margin over the second best, 0 being a tie.
-    An index given for `master`, `auxiliary` or `stride` is kept, and the rest is chosen around it.
+    An index given for `master`, `auxiliary` or `stride` is kept; the other parts are chosen by the same rule as ever.
     """
     overall, peaking = (sc, ef) if task == "segmentation" else (ef, sc)
     mean = overall.mean(-1)  # [..., encoder]
@@ -108,7 +107,7 @@ def main():
     parser.add_argument("--stride", type=int, choices=[4, 8, 16, 32], help="by hand, not by score")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     args = parser.parse_args()
-    folder = args.run or Path("runs/toycity")
+    folder = args.run
     metrics = run.read_stage(folder, "metrics.json", "02_metrics.py")
     encoders, strides, score = metrics["encoders"], metrics["strides"], args.score.upper()
     sources = [*encoders, *metrics["controls"]]

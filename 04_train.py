@@ -71,10 +71,13 @@ RECIPES = {
         encoder_layers=2,
         decoder_layers=3,
         heads=4,
-        points=2048,
+        points=1024,
         vit_widths=(32, 64, 64, 128),
     )
 }
+
+
+METHOD = ("replace", "ft", "fz")  # fusion, the master fine-tuned, the auxiliary frozen
 
 
 def parse_arguments():
@@ -87,8 +90,8 @@ def parse_arguments():
     parser.add_argument("--fusion", choices=("replace", "concat", "add", "none"), default="replace")
     parser.add_argument("--master-mode", choices=("ft", "fz"), default="ft", help="fine-tuned or frozen")
     parser.add_argument("--aux-mode", choices=("ft", "fz"), default="fz", help="fine-tuned or frozen")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--batch", type=int, help="instead of the recipe's")
+    parser.add_argument("--steps", type=run.positive, help="instead of the recipe's")
+    parser.add_argument("--batch", type=run.positive, help="instead of the recipe's")
     parser.add_argument("--seed", type=int, help="(default: as in stage 1)")
     return parser.parse_args()
 
@@ -156,7 +159,7 @@ def make_optimiser(model: FusedModel, recipe: Recipe) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             encoder = name.startswith(("pyramid.master.", "pyramid.auxiliary."))
-            table = id(parameter) in embeddings or "pos_embed" in name or "level_embed" in name
+            table = id(parameter) in embeddings or any(word in name for word in ("pos_embed", "level_embed", "_token"))
             groups.setdefault((encoder, parameter.ndim > 1 and not table), []).append(parameter)
     return torch.optim.AdamW(
         {
@@ -169,17 +172,23 @@ def make_optimiser(model: FusedModel, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def train(
-    model: FusedModel, samples: Dataset, recipe: Recipe, settings: dict, folder: Path, device: str, workers: int
+    model: FusedModel,
+    samples: Dataset,
+    recipe: Recipe,
+    settings: dict,
+    folder: Path,
+    checkpoint: dict | None = None,
+    device: str = "cpu",
+    workers: int = 2,
 ) -> None:
-    """Train for the recipe's steps, from the folder's checkpoint if there is one.
+    """Train for the recipe's steps, or for what is left of them after `checkpoint` (see load_checkpoint).
 
-    settings: what decides the result, kept in the checkpoint; a checkpoint made with others is refused with a
-    UserError. Leaves checkpoint.pt (model, optimiser, step, settings), the one before it, and log.csv.
+    settings: what decides the result, its seed among it; kept in the checkpoint. Leaves checkpoint.pt (model,
+    optimiser, step, settings), the one before it, and log.csv. Raises UserError when a loss is not finite.
     """
     model.to(device).train()
     optimiser = make_optimiser(model, recipe)
     first = 0
-    checkpoint = load_checkpoint(folder, settings)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimiser.load_state_dict(checkpoint["optimiser"])
@@ -237,6 +246,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, settin
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
+    if not (folder / "log.csv").is_file():
+        return []
     with open(folder / "log.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
@@ -249,7 +260,7 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
         try:
             checkpoint = torch.load(folder / name, "cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
-            print(f"{folder / name} cannot be read ({error}): trying the one before it")
+            print(f"{folder / name} cannot be read ({type(error).__name__}): trying the one before it")
             continue
         run.same_settings(folder / name, checkpoint["settings"], settings, "give another --out, or delete it")
         return checkpoint
@@ -258,30 +269,30 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
 
 def main():
     args = parse_arguments()
-    source = args.run or Path("runs/toycity")
-    asked = run.read_stage(source, "run.json", run.STAGES[0])
-    selection = run.read_stage(source, "selection.json", run.STAGES[2])
+    source = args.run
+    asked = run.read_stage(source, "run.json", "01_extract.py")
+    selection = run.read_stage(source, "selection.json", "03_select.py")
     name = asked["benchmark"]
     if name is None:
         raise UserError(f"{source} holds pictures without labels: training needs a run made with --benchmark")
     if name not in RECIPES:
         raise UserError(f"there is no training recipe for {name} yet; there is one for {', '.join(RECIPES)}")
 
-    # What is trained: the selection, unless the command line says otherwise.
+    # What is trained: the selection, unless the command line says otherwise. Then it is another run, in its own folder.
+    folder = args.out or source
     by_hand = {k: getattr(args, k) for k in ("master", "auxiliary", "stride") if getattr(args, k) is not None}
+    if folder.resolve() == source.resolve() and (by_hand or (args.fusion, args.master_mode, args.aux_mode) != METHOD):
+        raise UserError(f"this is not the selection of {source}: give it a folder of its own with --out")
     selection |= by_hand
     selection["chosen_by_hand"] = sorted({*selection["chosen_by_hand"], *by_hand})
     if selection["master"] == selection["auxiliary"] and args.fusion != "none":
         raise UserError(f"master and auxiliary are both {selection['master']}: choose two, or --fusion none")
-    recipe = RECIPES[name]
-    if args.steps:
-        recipe = dataclasses.replace(recipe, steps=args.steps)
-    if args.batch:
-        recipe = dataclasses.replace(recipe, batch=args.batch)
-    weights = {name: asked["weights"].get(name, "pretrained") for name in (selection["master"], selection["auxiliary"])}
+    used = [selection["master"]] + ([selection["auxiliary"]] if args.fusion != "none" else [])
+    weights = {encoder: asked["weights"].get(encoder, "pretrained") for encoder in used}
+    changes = {key: getattr(args, key) for key in ("steps", "batch") if getattr(args, key)}
     if weights[selection["master"]] == "none":
-        recipe = dataclasses.replace(recipe, master_rate=1.0)
-        print(f"WARNING: {selection['master']} starts from random weights")
+        changes["master_rate"] = 1.0
+    recipe = dataclasses.replace(RECIPES[name], **changes)
     samples = open_split(name, args.data or Path(asked["data"]), "train")
     settings = {key: selection[key] for key in ("master", "auxiliary", "stride")}
     settings |= {"benchmark": name, "fusion": args.fusion, "master_mode": args.master_mode, "aux_mode": args.aux_mode}
@@ -289,14 +300,15 @@ def main():
     settings |= {"classes": [name for _, name, _ in samples.categories]}
     settings |= {"isthing": [isthing for _, _, isthing in samples.categories], **dataclasses.asdict(recipe)}
 
-    # A folder of its own for an ablation, with its own run.json and selection.json
-    folder = args.out or source
-    if folder != source:
-        run.open_run(folder, {key: value for key, value in asked.items() if key != "versions"})
+    checkpoint = load_checkpoint(folder, settings)  # refuses a folder of other settings before anything is written
+    if folder.resolve() != source.resolve():
+        extraction = {key: value for key, value in asked.items() if key not in ("command", "versions")}
+        run.open_run(folder, extraction, asked["command"])
         run.write_json(folder / "selection.json", selection)
-    elif by_hand:
-        raise UserError(f"{', '.join(by_hand)} given by hand: give the ablation a folder of its own with --out")
 
+    for encoder in used:
+        if weights[encoder] == "none":
+            print(f"WARNING: {encoder} starts from random weights")
     run.seed_everything(settings["seed"])
     model = build_model(settings, weights)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -305,7 +317,7 @@ def main():
     if args.fusion != "none":
         what += f", {settings['auxiliary']} ({args.aux_mode}) at stride {settings['stride']} by {args.fusion}"
     print(f"{what}: {trainable / 1e6:.2f} M parameters learn, {frozen / 1e6:.2f} M are frozen; {len(samples)} images")
-    train(model, samples, recipe, settings, folder, args.device, args.workers)
+    train(model, samples, recipe, settings, folder, checkpoint, args.device, args.workers)
 
     # What came of it
     log = read_log(folder)
@@ -317,7 +329,7 @@ def main():
         terms = " ".join(f"{mean[name]:>14.3f}" for name in LOSS_WEIGHTS)
         print(f"{f'{begin + 1}-{end}':>12} {mean['loss']:>8.3f} {terms} {mean['seconds']:>8.3f}")
     print(f"\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
-    print(f"next: {run.command(run.STAGES[4], folder)}")
+    print(f"next: {run.command('05_eval.py', folder)}")
 
 
 if __name__ == "__main__":

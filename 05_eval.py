@@ -36,7 +36,7 @@ def parse_arguments():
     parser = run.arguments(__doc__)
     parser.add_argument("--data", type=Path, help="data root (default: as in stage 1)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="draw predictions on a folder of pictures")
-    parser.add_argument("--limit", type=int, help="evaluate only so many images, evenly spaced")
+    parser.add_argument("--limit", type=run.positive, help="evaluate only so many images, evenly spaced")
     return parser.parse_args()
 
 
@@ -76,15 +76,20 @@ def instances(
 
 
 def panoptic(
-    classes: torch.Tensor, masks: torch.Tensor, things: list[int], sure: float = 0.8, kept: float = 0.8
+    classes: torch.Tensor,
+    masks: torch.Tensor,
+    things: list[int],
+    object_threshold: float = 0.8,
+    overlap_threshold: float = 0.8,
 ) -> tuple[torch.Tensor, list[dict]]:
     """Segment ids int64 [H, W], 0 where nothing is claimed, and segments [{"id", "label"}].
 
-    A query takes part if its class is not no-object and has a probability above `sure`. Each pixel goes to the query
-    with the highest probability x mask; a query that keeps less than `kept` of its own mask is dropped.
+    A query takes part if its class is not no-object and has a probability above `object_threshold`. Each pixel goes to
+    the query with the highest probability x mask; a query that keeps under `overlap_threshold` of its own mask is
+    dropped.
     """
     scores, labels = classes.max(-1)
-    chosen = (labels < classes.shape[1] - 1) & (scores > sure)
+    chosen = (labels < classes.shape[1] - 1) & (scores > object_threshold)
     scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]
     ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
     if not labels:
@@ -94,7 +99,7 @@ def panoptic(
     for query, label in enumerate(labels):
         own = masks[query] >= 0.5
         region = own & (owner == query)
-        if region.sum() == 0 or region.sum() < kept * own.sum():
+        if region.sum() == 0 or region.sum() < overlap_threshold * own.sum():
             continue
         if label in stuff:  # stuff of one class is one segment
             ids[region] = stuff[label]
@@ -152,7 +157,6 @@ class CocoInstanceScore:
 
     def result(self) -> dict:
         """AP, AP50, AP75, APs, APm, APl and per_class (by name) in percent; NaN where there is no truth."""
-        names = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
         with contextlib.redirect_stdout(io.StringIO()):
             found = self.truth.loadRes(self.detections) if self.detections else COCO()
             evaluation = COCOeval(self.truth, found, "segm")
@@ -160,32 +164,26 @@ class CocoInstanceScore:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
+        percent = np.where(evaluation.stats[:6] > -1, 100 * evaluation.stats[:6], np.nan).tolist()
+        result = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), percent, strict=True)) | {"per_class": {}}
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] for all sizes, 100 detections
-        per_class = {}
         for index, category in enumerate(evaluation.params.catIds):
-            values = precision[:, :, index]
-            per_class[self.truth.cats[category]["name"]] = (
-                100 * values[values > -1].mean() if (values > -1).any() else np.nan
-            )
-        return {
-            **{
-                name: 100 * value if value > -1 else np.nan
-                for name, value in zip(names, evaluation.stats[:6], strict=True)
-            },
-            "per_class": per_class,
-        }
+            values = precision[:, :, index][precision[:, :, index] > -1]
+            ap = 100 * values.mean() if len(values) else np.nan
+            result["per_class"][self.truth.cats[category]["name"]] = float(ap)
+        return result
 
 
 class PanopticScore:
     """Panoptic quality by the rules of COCO's panopticapi; categories: [{"id", "isthing", "name"}].
 
-    PQ = sum of IoU over matches / (matches + half the misses + half the false alarms), by class, then the mean. A
-    predicted and a true segment of one class match if their IoU, void left out of the union, is above 0.5.
+    PQ = sum of IoU over TP / (TP + FP/2 + FN/2), for each class, then the mean. A predicted and a true segment of one
+    class match if their IoU, void left out of the union, is above 0.5.
     """
 
     def __init__(self, categories: list[dict]):
         self.categories = {category["id"]: category for category in categories}
-        self.iou, self.hits, self.misses, self.alarms = (defaultdict(float) for _ in range(4))  # by category id
+        self.iou, self.tp, self.fp, self.fn = (defaultdict(float) for _ in range(4))  # by category id
 
     def update(
         self, pred_ids: torch.Tensor, pred_segments: list[dict], true_ids: torch.Tensor, true_segments: list[dict]
@@ -211,27 +209,23 @@ class PanopticScore:
                 matched_pred.add(p)
                 matched_true.add(t)
                 self.iou[true[t]] += area / union
-                self.hits[true[t]] += 1
+                self.tp[true[t]] += 1
         for t, category in true.items():
-            self.misses[category] += t not in matched_true
+            self.fn[category] += t not in matched_true
         for p, category in predicted.items():
-            # A prediction that lies mostly on void or on a crowd of its class is no false alarm.
+            # A prediction that lies mostly on void or on a crowd of its class is no false positive.
             excused = overlap.get((p, 0), 0) + overlap.get((p, crowds.get(category)), 0)
             if p not in matched_pred and excused <= 0.5 * pred_area[p]:
-                self.alarms[category] += 1
+                self.fp[category] += 1
 
     def result(self) -> dict:
         """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; a class never met is NaN and left out."""
         rows = {}
         for category, entry in self.categories.items():
-            hits = self.hits[category]
-            weight = hits + self.misses[category] / 2 + self.alarms[category] / 2
-            rows[category] = (
-                100 * self.iou[category] / weight if weight else np.nan,
-                100 * self.iou[category] / max(hits, 1) if weight else np.nan,
-                100 * hits / weight if weight else np.nan,
-                bool(entry["isthing"]),
-            )
+            tp, weight = self.tp[category], self.tp[category] + (self.fp[category] + self.fn[category]) / 2
+            sq = 100 * self.iou[category] / max(tp, 1) if weight else np.nan
+            rq = 100 * tp / weight if weight else np.nan
+            rows[category] = (sq * rq / 100, sq, rq, bool(entry["isthing"]))
         table = np.array(list(rows.values()), float)  # [category, (PQ, SQ, RQ, is it a thing?)]
         parts = {"PQ": table[:, 0], "SQ": table[:, 1], "RQ": table[:, 2]}
         parts |= {"PQ_th": table[table[:, 3] == 1, 0], "PQ_st": table[table[:, 3] == 0, 0]}
@@ -247,7 +241,7 @@ def evaluate(
 ) -> dict:
     """Score a model on a validation split; `indices` picks images. Returns {task: that score's result}.
 
-    A data set of segments that are whole things and stuff ("panoptic") gets all three scores, others their own.
+    A panoptic data set gets all three scores, a semantic one mIoU; Cityscapes' AP, for instances, is not here yet.
     """
     names = [name for _, name, _ in samples.categories]
     ids = torch.tensor([raw for raw, _, _ in samples.categories])
@@ -275,15 +269,7 @@ def evaluate(
             segment_ids, segments = panoptic(classes, masks, things)
             segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
             scores["panoptic"].update(segment_ids.cpu(), segments, *sample["truth"]["panoptic"])
-    return with_thing_iou({task: score.result() for task, score in scores.items()}, samples.categories)
-
-
-def with_thing_iou(results: dict, categories: list) -> dict:
-    """Add mIoU_th, the mean IoU of the thing classes, to the semantic result."""
-    per_class = results["semantic"]["per_class"]
-    things = [per_class[name] for _, name, isthing in categories if isthing]
-    results["semantic"]["mIoU_th"] = float(np.nanmean(things)) if things else np.nan
-    return results
+    return {task: score.result() for task, score in scores.items()}
 
 
 def coco_annotations(loader: DataLoader, categories: list[dict]) -> dict:
@@ -311,11 +297,13 @@ def load_trained(folder: Path) -> tuple[FusedModel, dict]:
     """The model of a run's checkpoint and the settings it was trained with."""
     path = folder / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `{run.command(run.STAGES[3], folder)}` first")
+        raise UserError(f"{path} is missing: run `{run.command('04_train.py', folder)}` first")
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
-        raise UserError(f"{path} cannot be read ({error}): run `{run.command(run.STAGES[3], folder)}` again") from None
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}): run `{run.command('04_train.py', folder)}` again"
+        ) from None
     settings = checkpoint["settings"]
     if checkpoint["step"] < settings["steps"]:
         print(f"WARNING: {path} holds step {checkpoint['step']} of {settings['steps']}: training is not finished")
@@ -327,25 +315,29 @@ def load_trained(folder: Path) -> tuple[FusedModel, dict]:
 # ---------------------------------------------------------------------------------------------- report
 
 
-def headline(results: dict) -> dict[str, float]:
-    """The numbers that a reader compares, in percent, in the order of the table."""
-    wanted = {"semantic": ("mIoU", "mIoU_th"), "instance": ("AP", "AP50"), "panoptic": ("PQ", "PQ_th", "PQ_st")}
-    return {key: results[task][key] for task, keys in wanted.items() if task in results for key in keys}
+def headline(results: dict, categories: list) -> dict[str, float]:
+    """The numbers that a reader compares, in percent, in the order of the table; mIoU_th is that of the things."""
+    per_class = results["semantic"]["per_class"]
+    things = [per_class[name] for _, name, isthing in categories if isthing and not np.isnan(per_class[name])]
+    numbers = {"mIoU": results["semantic"]["mIoU"], "mIoU_th": float(np.mean(things)) if things else np.nan}
+    for task, keys in {"instance": ("AP", "AP50"), "panoptic": ("PQ", "PQ_th", "PQ_st")}.items():
+        numbers |= {key: results[task][key] for key in keys if task in results}
+    return numbers
 
 
-def benchmark_table(name: str, results: dict, data: Path) -> list[list[str]]:
+def benchmark_rows(name: str, numbers: dict[str, float], data: Path) -> list[list[str]]:
     """Every benchmark with the paper's number and ours, or why there is none."""
     rows = [["benchmark", "trains on", "evaluates on", "score", "paper", "here"]]
     for other, benchmark in BENCHMARKS.items():
-        ours = "not on disk" if not on_disk(benchmark, data) else "on disk, not evaluated"
+        ours = "not evaluated" if on_disk(benchmark, data) else "not on disk"
         if other == name:
-            ours = ", ".join(f"{value:.1f}" for key, value in headline(results).items() if key in benchmark.measures)
-        where = [" ".join(place) for place in (benchmark.trains_on, benchmark.evaluates_on)]
-        rows.append([other, *where, ", ".join(benchmark.measures), benchmark.paper or "-", ours])
+            ours = ", ".join(f"{numbers[measure]:.1f}" for measure in benchmark.measures)
+        where = [other, benchmark.trains_on, benchmark.evaluates_on]
+        rows.append([*where, ", ".join(benchmark.measures), benchmark.paper, ours])
     return rows
 
 
-def class_table(results: dict) -> list[list[str]]:
+def class_rows(results: dict) -> list[list[str]]:
     columns = {"semantic": "IoU", "instance": "AP", "panoptic": "PQ"}
     rows = [["class", *(columns[task] for task in results)]]
     for name in results["semantic"]["per_class"]:
@@ -354,21 +346,16 @@ def class_table(results: dict) -> list[list[str]]:
     return rows
 
 
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
-
-
 def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+    """A table whose columns line up on a screen as well; the first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
-def draw_folder(model: FusedModel, settings: dict, pictures: Path, folder: Path, device: str) -> None:
+def draw_folder(model, settings: dict, things: list[int], pictures: Path, folder: Path, device: str) -> None:
     """predictions/<picture>.png for each picture of a folder."""
-    things = [i for i, isthing in enumerate(settings["isthing"]) if isthing]
     for name in tqdm(list_pictures(pictures), "predicting", unit="picture"):
         image = read_image(pictures / name)
         ids, segments = panoptic(*predict(model, image, settings["test_size"], device), things)
@@ -380,21 +367,23 @@ def draw_folder(model: FusedModel, settings: dict, pictures: Path, folder: Path,
 
 def main():
     args = parse_arguments()
-    folder = args.run or Path("runs/toycity")
-    asked = run.read_stage(folder, "run.json", run.STAGES[0])
+    folder = args.run
+    asked = run.read_stage(folder, "run.json", "01_extract.py")
     model, settings = load_trained(folder)
+    things = [label for label, isthing in enumerate(settings["isthing"]) if isthing]
     if args.images:
-        draw_folder(model.to(args.device).eval(), settings, args.images, folder, args.device)
+        draw_folder(model.to(args.device).eval(), settings, things, args.images, folder, args.device)
         return
 
     name, data, size = settings["benchmark"], args.data or Path(asked["data"]), settings["test_size"]
     samples = open_split(name, data, "val")
+    if samples.task == "instance":
+        raise UserError(f"{name} is scored by Cityscapes' AP, which is not written yet")
     count = min(len(samples), args.limit or len(samples))
     indices = [i * len(samples) // count for i in range(count)]
     results = evaluate(model, samples, size, args.device, args.workers, indices)
 
     # Three pictures: image, truth, prediction
-    things = [label for label, (_, _, isthing) in enumerate(samples.categories) if isthing]
     rows = []
     for index in indices[:: max(1, count // 3)][:3]:
         sample = samples[index]
@@ -403,18 +392,23 @@ def main():
         rows.append((sample["image"], [truth, ("prediction", ids.cpu(), [s["label"] for s in segments])]))
     figures.draw_predictions(folder / "predictions.png", rows, settings["classes"])
 
+    # What the model is, how it does, class by class, and beside the paper
     what = {key: settings[key] for key in ("master", "auxiliary", "stride", "fusion", "steps", "seed", "weights")}
     run.write_json(folder / "results.json", {"benchmark": name, "images": count, **what, **results})
-    numbers = [list(headline(results)), [f"{value:.1f}" for value in headline(results).values()]]
-    tables = [numbers, class_table(results), benchmark_table(name, results, data)]
+    numbers = headline(results, samples.categories)
+    tables = [[list(numbers), [f"{value:.1f}" for value in numbers.values()]]]
+    tables += [class_rows(results), benchmark_rows(name, numbers, data)]
+    title = (
+        f"{settings['master']}, {settings['auxiliary']} at stride {settings['stride']}, fusion {settings['fusion']}, "
+    )
+    title += f"{settings['steps']} steps, seed {settings['seed']}; {count} images of {name}; percent"
+    title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in settings["weights"].items() if w == "none")
+    report = "\n".join([f"{title}\n", *map(markdown, tables)])
     with run.whole_file(folder / "results.md") as temporary:
-        title = f"# {name}, {count} images\n\n" + ", ".join(f"{k} {v}" for k, v in what.items()) + "\n"
-        temporary.write_text("\n".join([title, *map(markdown, tables)]))
-    print()
-    for table in tables:
-        print_table(table)
-    print(f"wrote {folder}/results.json, results.md, predictions.png")
-    print(f"next: an ablation, say {run.command(run.STAGES[3], folder)} --fusion none --out {folder}_alone")
+        temporary.write_text(report)
+    print(f"\n{report}\nwrote {folder}/results.json, results.md, predictions.png")
+    ablation = run.command("04_train.py", folder, "--out", f"{folder}_alone", "--fusion", "none")
+    print(f"next: the master alone, to compare: {ablation}")
 
 
 if __name__ == "__main__":

@@ -53,11 +53,7 @@ ENCODERS = {
     "dinov3_b": _dinov3("vit_base_patch16_dinov3", 768),
     "dinov3_l": _dinov3("vit_large_patch16_dinov3", 1024),
     "sam2_t": _sam2(
-        "tiny",
-        96,
-        stages=(1, 2, 7, 2),
-        global_att_blocks=(5, 7, 9),
-        window_pos_embed_bkg_spatial_size=(7, 7),
+        "tiny", 96, stages=(1, 2, 7, 2), global_att_blocks=(5, 7, 9), window_pos_embed_bkg_spatial_size=(7, 7)
     ),
     "sam2_b": _sam2("base-plus", 112, num_heads=2),
     "sam2_l": _sam2(
@@ -75,13 +71,7 @@ ENCODERS = {
         {16: 128},
         None,
         # Layer scale, 1e-5 in DINOv3, is left out: it is for deep networks and long schedules.
-        {
-            "model_name": "vit_small_patch16_dinov3",
-            "embed_dim": 128,
-            "depth": 6,
-            "num_heads": 4,
-            "init_values": None,
-        },
+        {"model_name": "vit_small_patch16_dinov3", "embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None},
     ),
     "tiny_hiera": EncoderSpec(
         "hiera",
@@ -139,15 +129,15 @@ def pyramid(native: dict[int, torch.Tensor], size: tuple[int, int], mode: str = 
     native: {stride: [B, C, h, w]}; size: height and width of the image, multiples of 32; mode: as in F.interpolate.
     Returns {4, 8, 16, 32: [B, C, H/stride, W/stride]}; a level that is native is passed through untouched.
     """
-    levels = {}
-    for stride in STRIDES:
-        nearest = nearest_stride(native, stride)
-        shape = (size[0] // stride, size[1] // stride)
-        align = None if mode.startswith("nearest") else False
-        levels[stride] = native[nearest]
-        if nearest != stride:
-            levels[stride] = F.interpolate(native[nearest], shape, mode=mode, align_corners=align)
-    return levels
+    return {stride: level(native, size, stride, mode) for stride in STRIDES}
+
+
+def level(native: dict[int, torch.Tensor], size: tuple[int, int], stride: int, mode: str = "nearest") -> torch.Tensor:
+    """One level of the pyramid, [B, C, H/stride, W/stride]."""
+    nearest = nearest_stride(native, stride)
+    if nearest == stride:
+        return native[stride]
+    return F.interpolate(native[nearest], (size[0] // stride, size[1] // stride), mode=mode)
 
 
 def nearest_stride(native, stride: int) -> int:
@@ -197,7 +187,7 @@ def _fill(encoder: Encoder, path: Path) -> None:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         state = _without_wrapping(encoder, state)
     except Exception as error:  # a damaged file, or a pickle that holds more than tensors
-        reason = str(error).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors ({reason})") from None
     wanted = encoder.model.state_dict()
     missing = [key for key in wanted if key not in state]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
-from common.encoders import STRIDES, Encoder, load_encoder, nearest_stride, pyramid
+from common.encoders import STRIDES, Encoder, level, load_encoder, nearest_stride
 
 LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
 
@@ -39,18 +39,16 @@ class FusedPyramid(nn.Module):
         train_auxiliary: bool = False,
     ):
         super().__init__()
-        if fusion not in ("replace", "concat", "add", "none"):
-            raise ValueError(f"fusion must be replace, concat, add or none, not {fusion!r}")
-        if stride not in STRIDES:
-            raise ValueError(f"stride must be one of {STRIDES}, not {stride}")
         self.master, self.stride = master, stride
         self.fusion = fusion if auxiliary is not None else "none"
         self.auxiliary = auxiliary if self.fusion != "none" else None
         self.train_master, self.train_auxiliary = train_master, train_auxiliary
-        own = [s for s in STRIDES if not (s == stride and self.fusion == "replace")]  # levels that the master feeds
+        self.own = [
+            s for s in STRIDES if not (s == stride and self.fusion == "replace")
+        ]  # levels that the master feeds
 
         # What no level needs is dropped: it would cost time, and no gradient would ever reach it.
-        self.master.cut(nearest_stride(master.channels, own[-1]))
+        self.master.cut(nearest_stride(master.channels, self.own[-1]))
         if self.auxiliary:
             self.auxiliary.cut(nearest_stride(auxiliary.channels, stride))
         self.master.requires_grad_(train_master)
@@ -62,7 +60,7 @@ class FusedPyramid(nn.Module):
         if len(master.channels) == 1:
             channels = dict(zip(STRIDES, widths, strict=True))
             (width,) = master.channels.values()
-            self.projections.update({str(s): nn.Conv2d(width, channels[s], 1) for s in own})
+            self.projections.update({str(s): nn.Conv2d(width, channels[s], 1) for s in self.own})
         if self.auxiliary:
             width = auxiliary.channels[nearest_stride(auxiliary.channels, stride)]
             if self.fusion == "replace":
@@ -82,22 +80,24 @@ class FusedPyramid(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32 -> maps at strides 4, 8, 16, 32."""
-        size = images.shape[-2:]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_master):
+        size, learn = images.shape[-2:], torch.is_grad_enabled()
+        with torch.set_grad_enabled(learn and self.train_master):
             native = self.master(images)
-        levels = pyramid(native, size)
-        for s in STRIDES:
-            if str(s) in self.projections:
-                levels[s] = self.projections[str(s)](levels[s])  # [B, width of this level, H/s, W/s]
+        maps = {}
+        for s in self.own:
+            own = native
+            if str(s) in self.projections:  # a ViT: its one map is projected first, resampling fewer channels
+                own = {stride: self.projections[str(s)](feature) for stride, feature in native.items()}
+            maps[s] = level(own, size, s)  # [B, width of this level, H/s, W/s]
         if self.auxiliary:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_auxiliary):
-                other = pyramid(self.auxiliary(images), size)[self.stride]  # [B, C, H/stride, W/stride]
+            with torch.set_grad_enabled(learn and self.train_auxiliary):
+                other = level(self.auxiliary(images), size, self.stride)  # [B, C, H/stride, W/stride]
             if self.fusion == "add":
-                other = levels[self.stride] + self.projections["add"](other)
+                other = maps[self.stride] + self.projections["add"](other)
             elif self.fusion == "concat":
-                other = torch.cat([levels[self.stride], other], dim=1)
-            levels[self.stride] = other
-        return [levels[s] for s in STRIDES]
+                other = torch.cat([maps[self.stride], other], dim=1)
+            maps[self.stride] = other
+        return [maps[s] for s in STRIDES]
 
 
 class FusedModel(nn.Module):
@@ -109,7 +109,7 @@ class FusedModel(nn.Module):
 
     def __init__(
         self,
-        pyramid: FusedPyramid,
+        fused: FusedPyramid,
         classes: int,
         width: int = 256,
         queries: int = 100,
@@ -121,12 +121,7 @@ class FusedModel(nn.Module):
         super().__init__()
         config = Mask2FormerConfig(
             # The library insists on a backbone of its own; the smallest it can build is made and thrown away.
-            backbone_config=SwinConfig(
-                embed_dim=8,
-                depths=[1, 1, 1, 1],
-                num_heads=[1, 1, 1, 1],
-                out_features=[f"stage{i}" for i in (1, 2, 3, 4)],
-            ),
+            backbone_config=SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_indices=[1, 2, 3, 4]),
             num_labels=classes,
             num_queries=queries,
             feature_size=width,
@@ -140,15 +135,15 @@ class FusedModel(nn.Module):
             train_num_points=points,
         )
         whole = Mask2FormerForUniversalSegmentation(config)
-        pixel_decoder = Mask2FormerPixelDecoder(config, pyramid.channels)
+        pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
         # Built by hand, it is not initialised by the library: the level embedding would be whatever memory held.
         pixel_decoder.apply(whole._init_weights)
         for module in pixel_decoder.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(
                     module.weight
-                )  # as Mask2Former's authors do; the library's std of 0.02 is small
-        self.pyramid = pyramid
+                )  # as Mask2Former's input projections; the library leaves std 0.02
+        self.pyramid = fused
         self.pixel_decoder = pixel_decoder
         self.transformer = whole.model.transformer_module
         self.class_predictor = whole.class_predictor
@@ -195,7 +190,7 @@ def build_model(settings: dict, weights: dict[str, str]) -> FusedModel:
     auxiliary = None
     if settings["fusion"] != "none":
         auxiliary = load_encoder(settings["auxiliary"], weights.get(settings["auxiliary"], "none"))
-    levels = FusedPyramid(
+    fused = FusedPyramid(
         master,
         auxiliary,
         settings["stride"],
@@ -204,13 +199,5 @@ def build_model(settings: dict, weights: dict[str, str]) -> FusedModel:
         train_master=settings["master_mode"] == "ft",
         train_auxiliary=settings["aux_mode"] == "ft",
     )
-    return FusedModel(
-        levels,
-        classes=len(settings["classes"]),
-        width=settings["width"],
-        queries=settings["queries"],
-        encoder_layers=settings["encoder_layers"],
-        decoder_layers=settings["decoder_layers"],
-        heads=settings["heads"],
-        points=settings["points"],
-    )
+    names = ("width", "queries", "encoder_layers", "decoder_layers", "heads", "points")
+    return FusedModel(fused, len(settings["classes"]), **{name: settings[name] for name in names})

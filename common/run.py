@@ -12,7 +12,6 @@ import math
 import os
 import random
 import shlex
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,11 +20,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-STAGES = ["01_extract.py", "02_metrics.py", "03_select.py", "04_train.py", "05_eval.py"]
-
 
 class UserError(Exception):
     """A mistake that its maker can mend: one line, what was wrong, where, and what to do."""
+
+    def __init__(self, message: str):
+        # A DataLoader's worker hands its error on as text, with its stack trace in front.
+        super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
 def start(main) -> None:
@@ -35,16 +36,24 @@ def start(main) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; files are whole, and the same command goes on from here")
+        print("\ninterrupted; what is written is whole, and the same command takes it up again", file=sys.stderr)
+        sys.exit(130)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The parser that every stage begins with: its docstring as help, and the flags that mean the same everywhere."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/<benchmark>)")
+    parser.add_argument("--run", type=Path, default=Path("runs/toycity"), help="run folder (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, help="helpers beside the main process")
     return parser
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
@@ -99,23 +108,11 @@ def read_stage(folder: Path, file: str, stage: str) -> dict:
 
 
 def command(stage: str, folder: Path, *flags: str) -> str:
-    """The shell command that runs a stage on a run folder; `--run` is left out where it is the default."""
-    words = ["python", stage]
-    if folder != Path("runs/toycity"):
-        words += ["--run", str(folder)]
-    return shlex.join([*words, *flags])
-
-
-def need_disk(folder: Path, gigabytes: float) -> None:
-    """Raise UserError if `folder`'s disk has less than `gigabytes` (and 5 % of them for good measure) free."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / 1e9
-    if free < 1.05 * gigabytes:
-        raise UserError(
-            f"{folder.absolute()} has {free:.2f} GB free, {gigabytes:.2f} GB are needed: "
-            "free some, choose a --run on another disk, or lower --limit or --size"
-        )
+    """The shell command that runs a stage on a run folder; stage 1's is the one that made it, kept in run.json."""
+    if stage == "01_extract.py" and (folder / "run.json").is_file():
+        return read_stage(folder, "run.json", stage)["command"]
+    run = [] if folder == Path("runs/toycity") else ["--run", str(folder)]
+    return shlex.join(["python", stage, *run, *flags])
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -126,28 +123,30 @@ def versions() -> dict:
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def open_run(folder: Path, settings: dict) -> None:
+def open_run(folder: Path, settings: dict, made_by: str) -> None:
     """Write run.json, or check that the one there was made with the same settings; UserError names what differs.
 
     A run.json without any feature is from a run that failed at once, on its weights say: it binds nobody.
     """
     if (folder / "run.json").is_file() and (folder / "features").is_dir():
-        old = read_stage(folder, "run.json", STAGES[0])
+        old = read_stage(folder, "run.json", "01_extract.py")
         same_settings(folder, old, settings, "give another --run, or delete it")
     else:
-        write_json(folder / "run.json", settings | {"versions": versions()})
+        write_json(folder / "run.json", settings | {"command": made_by, "versions": versions()})
 
 
 def same_settings(what: Path, old: dict, new: dict, advice: str) -> None:
     """Raise UserError, naming what differs, if any of the settings `new` was another one in `old`."""
-    differ = [f"{key} was {_short(old.get(key))}, now {_short(new[key])}" for key in new if old.get(key) != new[key]]
+    differ = []
+    for key, value in new.items():
+        before = old.get(key)
+        if before != value:
+            if isinstance(value, list) and isinstance(before, list) and max(len(value), len(before)) > 8:
+                unlike = [pair for pair in zip(before, value, strict=False) if pair[0] != pair[1]]
+                before, value = unlike[0] if len(before) == len(value) else (len(before), len(value))
+            differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(value)}")
     if differ:
         raise UserError(f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
-
-
-def _short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ---------------------------------------------------------------------------------------------- features
@@ -165,6 +164,5 @@ def read_features(path: Path) -> dict[int, torch.Tensor]:
             return {stride: file.get_tensor(str(stride)) for stride in sorted(map(int, file.keys()))}
     except Exception as error:  # safetensors raises its own types, OSError and ValueError alike
         problem = "missing" if not path.is_file() else f"damaged ({error})"
-        raise UserError(
-            f"feature file {path} is {problem}: run `{command(STAGES[0], path.parents[2])}` again, it mends only that"
-        ) from None
+        again = command("01_extract.py", path.parents[2])
+        raise UserError(f"feature file {path} is {problem}: run `{again}` again, it makes only that one") from None

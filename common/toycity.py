@@ -8,6 +8,7 @@ things are told apart by shape, not by colour. Shell: python -m common.toycity -
 
 import argparse
 import math
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,15 +41,16 @@ WEATHER = [  # likelihood; sky above, sky at the horizon, clouds; brightness, st
 # length and horizon in image heights, centre in widths. A pattern: height of a row, length of a stone, shift, joint.
 STREET = dict(
     palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"), rough=0.6, leaf=8,
-    greens=colours("3e5c2c 546a32 304e34 68703a"), asphalt=(92, 118), wall=(0.3, 0.7, 0.5, 0.14), green=0.25,
-    paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20), tall=(6, 17), trees=(9, 20),
-    road=(5.2, 6.6), walk=(2.6, 4.2), focal=(1.1, 1.35), horizon=(0.40, 0.47), eye=(1.35, 1.75), centre=(0.38, 0.62),
+    greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.15, asphalt=(92, 118), wall=(0.3, 0.7, 0.5, 0.14),
+    green=0.25, paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20), tall=(6, 17), trees=(9, 20),
+    road=(5.2, 6.6), walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47), eye=(1.35, 1.75), centre=(0.38, 0.62),
 )  # fmt: skip
 PRETRAIN = dict(
     palette=colours("3c6e96 d29646 965082 509682 dccdbe 6e4632 646490 be5a5a 464b3c 96a0aa"), rough=0.85, leaf=3,
-    greens=colours("285a46 787828 5a4628 46785a"), asphalt=(60, 150), wall=(0.25, 1.0, 0.12, 0.4), green=0.4,
-    paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2, front=(6, 11), tall=(4, 22), trees=(14, 40),
-    road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05), horizon=(0.50, 0.58), eye=(2.0, 2.7), centre=(0.25, 0.75),
+    greens=colours("285a46 787828 5a4628 46785a"), pole=0.09, asphalt=(60, 150), wall=(0.25, 1.0, 0.12, 0.4),
+    green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2, front=(6, 11), tall=(4, 22),
+    trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05), horizon=(0.50, 0.58), eye=(2.0, 2.7),
+    centre=(0.25, 0.75),
 )  # fmt: skip
 
 
@@ -158,7 +160,8 @@ def objects(rng, s):
     for side in (-1, 1):
         for z in np.cumsum(rng.uniform(12, 26, 4)) - 6:
             top, arm = rng.uniform(4.5, 7.5), -side * rng.uniform(0.8, 1.8)  # a lamp post, its arm over the road
-            post, beam = [(-0.09, 0), (0.09, 0), (0.06, top), (-0.06, top)], [(0, top), (arm, top), (arm, top + 0.1)]
+            r = s.pole
+            post, beam = [(-r, 0), (r, 0), (r - 0.03, top), (0.03 - r, top)], [(0, top), (arm, top), (arm, top + 0.1)]
             parts = [(corners, GREY) for corners in (post, beam, disc(arm, top, 0.36, 0.12))]
             flat.append((z, side * (s.road + 0.4), POLE, parts))
         for z in np.cumsum(rng.uniform(*s.trees, 4)):
@@ -174,7 +177,7 @@ def fill(canvas, where, rgb, label, depth, number=None):
 
 
 def paint(canvas, s, at, yaw, faces, label, number):
-    """Paint one object where nothing nearer stands, and its shadow; False and no pixel if too little would show."""
+    """Paint one object where nothing nearer stands, and its shadow; False, and a shadow alone, if too little shows."""
     turn = np.array([(math.cos(yaw), 0, -math.sin(yaw)), (0, 1, 0), (math.sin(yaw), 0, math.cos(yaw))])
     fall = np.array([(1, 0, 0), (s.dx, 0, s.dz), (0, 0, 1)])  # along the sun's rays onto the ground
     world, ends = np.concatenate([corners for corners, _ in faces]) @ turn + at, np.cumsum([len(c) for c, _ in faces])
@@ -288,8 +291,7 @@ def write(root, counts=COUNTS, seed=0, workers=2):
     root = Path(root)
     if root.exists():
         return
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
+    partial = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     for split in counts:
         (partial / "leftImg8bit" / split / "toycity").mkdir(parents=True)
         (partial / "gtFine" / split / "toycity").mkdir(parents=True)
@@ -297,15 +299,18 @@ def write(root, counts=COUNTS, seed=0, workers=2):
     def write_scene(job):
         image, labels, instances = scene(*job, seed)
         stem = "{}/toycity/toycity_000000_{:06d}".format(*job)
-        Image.fromarray(image).save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=1)
+        Image.fromarray(image).save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=0)  # faster
         Image.fromarray(labels).save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
         instances = Image.fromarray(instances.astype(np.uint16))
         instances.save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
 
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
-    with ThreadPoolExecutor(workers) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
-        list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
-    partial.rename(root)
+    try:
+        with ThreadPoolExecutor(workers) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
+            list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

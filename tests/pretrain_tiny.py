@@ -63,7 +63,7 @@ def main():
 
     run.seed_everything(args.seed)
     model = build_model(settings, weights={})
-    stage4.train(model, samples, recipe, settings, folder, "cpu", workers=2)
+    stage4.train(model, samples, recipe, settings, folder, stage4.load_checkpoint(folder, settings))
 
     path = Path(__file__).parents[1] / "common" / f"{args.encoder}.safetensors"
     with run.whole_file(path) as temporary:

@@ -70,7 +70,8 @@ def train(folder, recipe=RECIPE, samples=None, **changes):
     settings = settings_for(recipe, **changes)
     torch.manual_seed(settings["seed"])
     model = build_model(settings, {"tiny_vit": "none", "tiny_hiera": "none"})
-    stage4.train(model, samples or Shapes(), recipe, settings, folder, "cpu", workers=0)
+    checkpoint = stage4.load_checkpoint(folder, settings)
+    stage4.train(model, samples or Shapes(), recipe, settings, folder, checkpoint, workers=0)
     return model
 
 
@@ -215,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     with torch.no_grad():
         model.class_predictor.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="stopped at step 0: the logits of decoder layer 0 are not finite"):
-        stage4.train(model, Shapes(), RECIPE, model_settings, tmp_path, "cpu", workers=0)
+        stage4.train(model, Shapes(), RECIPE, model_settings, tmp_path, workers=0)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
