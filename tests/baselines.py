@@ -73,8 +73,7 @@ def per_pixel(train, val, seed: int = 0) -> dict:
         scores["panoptic"].update(torch.from_numpy(ids), segments, *sample["truth"]["panoptic"])
         masks = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
         scores["instance"].update(sample["image_id"], masks, torch.tensor(labels), torch.tensor(sure))
-    results = {task: scores[task].result() for task in ("semantic", "instance", "panoptic")}
-    return stage5.with_thing_iou(results, val.categories)
+    return {task: scores[task].result() for task in ("semantic", "instance", "panoptic")}
 
 
 def untrained(settings: dict, val) -> dict:
@@ -96,11 +95,9 @@ def main():
         "colour and position": per_pixel(train, val),
         "trained": json.loads((args.run / "results.json").read_text()),
     }
-    table = [["", *stage5.headline(rows["trained"])]]
-    table += [
-        [name, *(f"{value:.1f}" for value in stage5.headline(results).values())] for name, results in rows.items()
-    ]
-    stage5.print_table(table)
+    numbers = {name: stage5.headline(results, val.categories) for name, results in rows.items()}
+    table = [["", *numbers["trained"]], *([name, *(f"{v:.1f}" for v in row.values())] for name, row in numbers.items())]
+    print(stage5.markdown(table))
 
 
 if __name__ == "__main__":

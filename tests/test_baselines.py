@@ -23,7 +23,7 @@ def test_a_short_training_beats_both_baselines_on_every_score(stage, data, tmp_p
         "untrained": baselines.untrained(settings, val),
         "per pixel": baselines.per_pixel(train, val),
     }
-    numbers = {name: stage5.headline(result) for name, result in results.items()}
+    numbers = {name: stage5.headline(result, val.categories) for name, result in results.items()}
     print(numbers)
     assert list(numbers["trained"]) == ["mIoU", "mIoU_th", "AP", "AP50", "PQ", "PQ_th", "PQ_st"]
     for baseline in ("untrained", "per pixel"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import jaccard_score
 
+from common.benchmarks import open_split
+
 stage5 = importlib.import_module("05_eval")
 CATEGORIES = [
     {"id": 7, "isthing": False, "name": "road"},
@@ -108,8 +110,8 @@ def panoptic_slowly(images, categories):
     return {c["name"]: 100 * quality[c["id"]] for c in categories if c["id"] in quality}
 
 
-def random_segments(rng, size, shift=None):
-    """Blocks of a grid with random categories; as a prediction, a shifted and partly relabelled copy."""
+def random_segments(rng):
+    """Blocks of a grid with random categories, some of them void."""
     ids = torch.from_numpy(np.kron(rng.integers(0, 9, (4, 6)), np.ones((5, 5), int)))
     present = [i for i in ids.unique().tolist() if i]
     return ids, [{"id": i, "category_id": int(rng.choice([7, 23, 26]))} for i in present]
@@ -119,7 +121,7 @@ def test_panoptic_score_equals_its_definition():
     rng = np.random.default_rng(1)
     score, images = stage5.PanopticScore(CATEGORIES), []
     for _ in range(60):
-        true, true_segments = random_segments(rng, 8)
+        true, true_segments = random_segments(rng)
         pred = true.roll(int(rng.integers(0, 3)), 1)
         pred[torch.from_numpy(rng.random(pred.shape) < 0.1)] = 0
         pred_segments = [
@@ -149,15 +151,13 @@ def test_panoptic_score_of_the_truth_is_100_and_of_nothing_0():
     rng = np.random.default_rng(2)
     perfect, nothing = stage5.PanopticScore(CATEGORIES), stage5.PanopticScore(CATEGORIES)
     for _ in range(5):
-        ids, segments = random_segments(rng, 8)
+        ids, segments = random_segments(rng)
         perfect.update(ids, segments, ids, segments)
         nothing.update(torch.zeros_like(ids), [], ids, segments)
     assert perfect.result()["PQ"] == perfect.result()["SQ"] == 100 and nothing.result()["PQ"] == 0
 
 
 def test_instance_score_of_the_truth_is_100_and_falls_with_errors(data):
-    from common.benchmarks import open_split
-
     samples = open_split("toycity", data, "val")
     categories = [{"id": raw, "name": name, "isthing": thing} for raw, name, thing in samples.categories]
     truth = stage5.coco_annotations(samples, categories)
@@ -172,6 +172,9 @@ def test_instance_score_of_the_truth_is_100_and_falls_with_errors(data):
         scores["shifted"].update(sample["image_id"], masks.roll(4, dims=-1), ids, sure)
         scores["wrong class"].update(sample["image_id"], masks, ids.roll(1), sure)
         scores["none"].update(sample["image_id"], masks[:0], ids[:0], sure[:0])
-    ap = {name: score.result()["AP"] for name, score in scores.items()}
+    results = {name: score.result() for name, score in scores.items()}
+    ap = {name: result["AP"] for name, result in results.items()}
+    assert results["perfect"]["AP50"] == pytest.approx(100) and results["shifted"]["AP50"] > ap["shifted"]
+    assert results["perfect"]["per_class"] == pytest.approx({"person": 100, "car": 100, "truck": 100})
     assert ap["perfect"] == pytest.approx(100) and ap["none"] == 0
     assert 5 < ap["shifted"] < 80 and ap["wrong class"] < 60

@@ -153,10 +153,3 @@ def test_the_loss_is_the_weighted_sum_of_the_library_terms():
     terms = [model.criterion(mask_logits, class_logits, masks, labels) for class_logits, mask_logits in outputs]
     for name, weight in {"cross_entropy": 2, "mask": 5, "dice": 5}.items():
         torch.testing.assert_close(ours[name], weight * sum(t[f"loss_{name}"] for t in terms))
-
-
-def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="fusion"):
-        fused(fusion="blend")
-    with pytest.raises(ValueError, match="stride"):
-        fused(stride=7)
