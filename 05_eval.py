@@ -274,7 +274,7 @@ def evaluate(
 
 def coco_annotations(loader: DataLoader, categories: list[dict]) -> dict:
     """The things of a panoptic data set in the form of COCO's instances JSON."""
-    content = {"images": [], "annotations": [], "categories": categories}
+    content = {"images": [], "annotations": [], "categories": [entry for entry in categories if entry["isthing"]]}
     for sample in loader:
         height, width = sample["segments"].shape
         content["images"].append({"id": sample["image_id"], "height": height, "width": width})
