@@ -62,8 +62,8 @@ RECIPES = {
     "toycity": Recipe(
         steps=1200,
         batch=4,
-        learning_rate=1e-3,
-        short_side=(192, 384),
+        learning_rate=2e-3,
+        short_side=(208, 336),
         crop=(128, 256),
         test_size="256",
         width=64,

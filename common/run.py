@@ -59,6 +59,7 @@ def positive(text: str) -> int:
 def leave_interrupts_to_the_parent(worker: int) -> None:
     """For DataLoader's worker_init_fn: Ctrl-C reaches all processes, one of them is to answer it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end
 
 
 def seed_everything(seed: int) -> None:

@@ -41,16 +41,17 @@ WEATHER = [  # likelihood; sky above, sky at the horizon, clouds; brightness, st
 # length and horizon in image heights, centre in widths. A pattern: height of a row, length of a stone, shift, joint.
 STREET = dict(
     palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"), rough=0.6, leaf=8,
-    greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.15, asphalt=(92, 118), wall=(0.3, 0.7, 0.5, 0.14),
-    green=0.25, paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20), tall=(6, 17), trees=(9, 20),
-    road=(5.2, 6.6), walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47), eye=(1.35, 1.75), centre=(0.38, 0.62),
+    greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.15, rows=4, people=14, asphalt=(92, 118),
+    wall=(0.3, 0.7, 0.5, 0.14), green=0.25, paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20),
+    tall=(6, 17), trees=(9, 20), road=(5.2, 6.6), walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47),
+    eye=(1.35, 1.75), centre=(0.38, 0.62),
 )  # fmt: skip
 PRETRAIN = dict(
     palette=colours("3c6e96 d29646 965082 509682 dccdbe 6e4632 646490 be5a5a 464b3c 96a0aa"), rough=0.85, leaf=3,
-    greens=colours("285a46 787828 5a4628 46785a"), pole=0.09, asphalt=(60, 150), wall=(0.25, 1.0, 0.12, 0.4),
-    green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2, front=(6, 11), tall=(4, 22),
-    trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05), horizon=(0.50, 0.58), eye=(2.0, 2.7),
-    centre=(0.25, 0.75),
+    greens=colours("285a46 787828 5a4628 46785a"), pole=0.09, rows=6, people=26, asphalt=(60, 150),
+    wall=(0.25, 1.0, 0.12, 0.4), green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2, front=(6, 11),
+    tall=(4, 22), trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05), horizon=(0.50, 0.58),
+    eye=(2.0, 2.7), centre=(0.25, 0.75),
 )  # fmt: skip
 
 
@@ -144,8 +145,10 @@ def objects(rng, s):
     """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]; flat ones face the camera."""
     found, flat = [], []
     lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, the camera's, parked
-    crossing = int(rng.integers(1, 8))  # here one vehicle shows its side, at times far away, and none stands beside it
-    slots = [(lane, k) for lane in range(4) for k in range(6) if k != crossing and (lane, k) not in ((1, 0), (2, 0))]
+    # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
+    crossing = int(rng.integers(1, s.rows + 2))
+    free = {(lane, k) for lane in range(4) for k in range(s.rows) if k != crossing} - {(1, 0), (2, 0)}
+    slots = sorted(free)
     labels = rng.permutation([CAR] * rng.integers(3, 7) + [TRUCK] * rng.integers(1, 4)).tolist()
     for label, (lane, k) in zip(labels, [(1, crossing), *rng.permutation(slots).tolist()], strict=False):
         x, z, yaw = lanes[lane] + rng.uniform(-0.2, 0.2), 8.5 + 8 * k + rng.uniform(-1, 1), rng.uniform(-0.06, 0.06)
@@ -153,7 +156,7 @@ def objects(rng, s):
         rgb = s.palette[rng.integers(len(s.palette))]
         found.append((z, x, label, yaw, vehicle(label, rng, rgb, away=math.cos(yaw) > 0)))
     for _ in range(rng.integers(3, 8)):
-        x, z = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5)), 5.5 + 26 * rng.random() ** 1.5
+        x, z = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5)), 5.5 + s.people * rng.random() ** 1.5
         if rng.random() < 0.3:  # on the road, between two rows of vehicles
             x, z = rng.uniform(-0.8, 0.8) * s.road, 12.5 + 8 * rng.integers(0, 3)
         flat.append((z, x, PERSON, person(rng, s.palette)))
