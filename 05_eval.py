@@ -47,7 +47,7 @@ def parse_arguments():
 def predict(model: FusedModel, image: torch.Tensor, size: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """One image, uint8 [3, H, W], through the model at the working `size`.
 
-    Returns class probabilities [Q, classes] without the no-object column, and mask probabilities [Q, H, W] at the
+    Returns class probabilities [Q, classes + 1], the last column no-object, and mask probabilities [Q, H, W] at the
     image's own size: the logits are enlarged, not the decisions.
     """
     scaled = resize_image(image, size)[None].to(device)  # [1, 3, h, w]
@@ -64,12 +64,15 @@ def semantic(classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def instances(
     classes: torch.Tensor, masks: torch.Tensor, things: list[int], top: int = 100
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `top` best pairs of query and thing class: masks bool [N, H, W], labels int64 [N], scores [N].
+    """The things among the `top` best pairs of query and class: masks bool [N, H, W], labels int64 [N], scores [N].
 
     score = class probability x mean mask probability inside the mask.
     """
-    scores, order = classes[:, things].flatten().topk(min(top, len(classes) * len(things)))
-    queries, labels = order // len(things), torch.tensor(things, device=order.device)[order % len(things)]
+    probabilities = classes[:, :-1]
+    scores, order = probabilities.flatten().topk(min(top, probabilities.numel()))
+    queries, labels = order // probabilities.shape[1], order % probabilities.shape[1]
+    thing = torch.isin(labels, torch.tensor(things, device=labels.device))
+    queries, labels, scores = queries[thing], labels[thing], scores[thing]
     binary = masks > 0.5  # [Q, H, W]; made once, a query may appear with several classes
     quality = (masks * binary).sum((1, 2)) / binary.sum((1, 2)).clamp(min=1)
     return binary[queries], labels, scores * quality[queries]

@@ -41,17 +41,17 @@ WEATHER = [  # likelihood; sky above, sky at the horizon, clouds; brightness, st
 # length and horizon in image heights, centre in widths. A pattern: height of a row, length of a stone, shift, joint.
 STREET = dict(
     palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"), rough=0.6, leaf=8,
-    greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.15, rows=4, people=14, asphalt=(92, 118),
+    greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.17, rows=4, people=10, asphalt=(92, 118),
     wall=(0.3, 0.7, 0.5, 0.14), green=0.25, paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20),
     tall=(6, 17), trees=(9, 20), road=(5.2, 6.6), walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47),
-    eye=(1.35, 1.75), centre=(0.38, 0.62),
+    eye=(1.35, 1.75), centre=(0.38, 0.62), pavement=1.35, bonnet=0.2,
 )  # fmt: skip
 PRETRAIN = dict(
     palette=colours("3c6e96 d29646 965082 509682 dccdbe 6e4632 646490 be5a5a 464b3c 96a0aa"), rough=0.85, leaf=3,
     greens=colours("285a46 787828 5a4628 46785a"), pole=0.09, rows=6, people=26, asphalt=(60, 150),
-    wall=(0.25, 1.0, 0.12, 0.4), green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2, front=(6, 11),
-    tall=(4, 22), trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05), horizon=(0.50, 0.58),
-    eye=(2.0, 2.7), centre=(0.25, 0.75),
+    wall=(0.25, 1.0, 0.12, 0.4), green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2,
+    front=(6, 11), tall=(4, 22), trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05),
+    horizon=(0.50, 0.58), eye=(2.0, 2.7), centre=(0.25, 0.75), pavement=1.15, bonnet=0.5,
 )  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def paint_ground(canvas, s, rng, starts, tall):
     broad, fine = (s.texture[(z * step).astype(int) % 512, (x * step).astype(int) % 512] for step in (5, 30))
     tone = 0.68 + 0.32 * broad + 0.6 * near * (fine - 0.3) - 0.2 * near * (paved & joints(s.paving, x, z))
     tone[paved & (out < s.road + 0.18)] *= 1.25  # the kerb
-    greys = rng.uniform(*s.asphalt, (2, 1)) * rng.uniform(0.94, 1.06, (2, 3)) * [[1], [1.15]]  # road, sidewalk
+    greys = rng.uniform(*s.asphalt, (2, 1)) * rng.uniform(0.94, 1.06, (2, 3)) * [[1], [s.pavement]]  # road, sidewalk
     rgb = np.float32(greys)[paved.astype(int)] * tone[:, None]
     dash, zebra = rng.uniform(5, 9), rng.uniform(8, 40)
     mark = (out < 0.09) & (z / dash % 1 < 0.5) | (np.abs(out - s.road + 2.5) < 0.07)
@@ -262,7 +262,7 @@ def scene(split, index, seed=0):
     s.texture, s.grain = noise(rng, 512, 512, 32, s.rough), 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
     s.shadow = Image.new("1", (W, H))
     canvas = [np.zeros((H, W, 3), np.float32), *(np.zeros((H, W), kind) for kind in (np.uint8, np.int32, np.float32))]
-    if rng.random() < 0.5:  # the bonnet of the car that carries the camera
+    if rng.random() < s.bonnet:  # the bonnet of the car that carries the camera
         depth = Y - H + rng.uniform(30, 70) * (1 - 12 * (X / W - 0.5) ** 4)
         bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.clip(depth, 0, 50)[..., None]) * s.grain
         fill(canvas, depth > 0, bonnet[depth > 0], EGO, 1)
