@@ -252,6 +252,8 @@ def filled(tmp_path):
             }
             save_file(maps, path)
     settings = {
+        "benchmark": None,
+        "command": "python 01_extract.py --images pictures",
         "root": str(tmp_path),
         "images": names,
         "encoders": ["tiny_vit", "tiny_hiera"],

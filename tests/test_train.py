@@ -234,7 +234,7 @@ def test_eight_pictures_can_be_overfitted(tmp_path):
     samples = Shapes()
     model = train(tmp_path, recipe, samples).eval()
     score = stage5.SemanticScore([name for _, name, _ in samples.categories])
-    for sample in samples:
+    for sample in map(samples.__getitem__, range(8)):
         score.update(
             stage5.semantic(*stage5.predict(model, sample["image"], "64x96", "cpu")), *sample["truth"]["semantic"]
         )
