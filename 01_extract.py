@@ -175,17 +175,14 @@ def main():
     for encoder_name in args.encoders:
         run.seed_everything(args.seed)  # random weights are the same in every run
         if weights[encoder_name] == "none":
-            print(
-                f"WARNING: {encoder_name} has random weights; what follows from its maps says nothing about the model"
-            )
+            print(f"WARNING: {encoder_name} has random weights; its maps say nothing about the trained model")
         if todo[encoder_name]:
             encoder = load_encoder(encoder_name, weights[encoder_name], args.device)
             extract(encoder, Pictures(root, todo[encoder_name], size), folder, args.device, args.workers)
 
     # What was found
-    print(
-        f"\n{'encoder':<12} {'stride':>6} {'channels':>8} {'map':>11} {'mean':>9} {'std':>9}   first picture, float16"
-    )
+    print(f"\nmaps of {names[0]}")
+    print(f"{'encoder':<12} {'stride':>6} {'channels':>8} {'map':>11} {'mean':>9} {'std':>9}")
     for encoder_name in args.encoders:
         random = "  RANDOM WEIGHTS" if weights[encoder_name] == "none" else ""
         for stride, feature in run.read_features(run.feature_path(folder, encoder_name, names[0])).items():

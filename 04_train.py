@@ -75,8 +75,6 @@ RECIPES = {
         vit_widths=(32, 64, 64, 128),
     )
 }
-
-
 METHOD = ("replace", "ft", "fz")  # fusion, the master fine-tuned, the auxiliary frozen
 
 
@@ -321,6 +319,8 @@ def main():
 
     # What came of it
     log = read_log(folder)
+    if not log:
+        raise UserError(f"training is complete, but {folder}/log.csv is gone: nothing to report or draw")
     figures.draw_loss(folder / "loss.png", log)
     print(f"\n{'steps':>12} {'loss':>8} " + " ".join(f"{name:>14}" for name in LOSS_WEIGHTS) + f" {'s/step':>8}")
     edges = sorted({0, len(log) // 4, len(log) // 2, 3 * len(log) // 4, len(log)})

@@ -44,8 +44,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """The parser that every stage begins with: its docstring as help, and the flags that mean the same everywhere."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/toycity"), help="run folder (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--workers", type=int, default=2, help="helpers beside the main process")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda") if cuda else ("cpu",), default="cuda" if cuda else "cpu")
+    parser.add_argument("--workers", type=positive, default=2, help="helpers beside the main process")
     return parser
 
 
