@@ -39,26 +39,25 @@ from common.run import UserError
 
 def parse_arguments():
     parser = run.arguments(__doc__)
-    parser.set_defaults(run=None)  # named after the benchmark or the folder
+    known = f"of {', '.join(ENCODERS)} (default: tiny_vit tiny_hiera)"
+    parser.set_defaults(run=None)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--benchmark", default="toycity", help="whose training pictures to take (default: toycity)")
     source.add_argument("--images", type=Path, metavar="FOLDER", help="take the pictures of a folder instead")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
-    parser.add_argument(
-        "--encoders", nargs="+", default=["tiny_vit", "tiny_hiera"], metavar="NAME", help="which to run"
-    )
+    parser.add_argument("--encoders", nargs="+", default=["tiny_vit", "tiny_hiera"], metavar="NAME", help=known)
     parser.add_argument(
         "--weights",
         nargs="+",
         default=["pretrained"],
         metavar="pretrained|none|NAME=FILE",
-        help="for all encoders, or a checkpoint file for one of them",
+        help="for all encoders, or a checkpoint file for one of them (default: pretrained)",
     )
     parser.add_argument(
         "--limit", type=run.positive, help="pictures, evenly spaced (default: 24 for toycity, else 200)"
     )
     parser.add_argument("--size", help="HEIGHTxWIDTH, or a short side with the aspect kept (default: the benchmark's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     return parser.parse_args()
 
 
@@ -169,7 +168,7 @@ def main():
     missing = {name for names_left in todo.values() for name in names_left}
     shapes = {name: working_size(*read_size(root / name), size) for name in sorted(missing)}
     gigabytes = sum(bytes_to_write(shapes[n], ENCODERS[e].channels) for e in todo for n in todo[e]) / 1e9
-    print(f"{count} pictures of {root}, {len(args.encoders)} encoders: {gigabytes:.2f} GB to write under {folder}")
+    print(f"{count} pictures of {root} for {', '.join(args.encoders)}: {gigabytes:.2f} GB to write under {folder}")
     need_disk(folder, gigabytes)
 
     for encoder_name in args.encoders:

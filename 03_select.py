@@ -100,7 +100,7 @@ def print_scores(metrics, overall, peaking):
 
 def main():
     parser = run.arguments(__doc__)
-    parser.add_argument("--task", choices=["segmentation", "edges"], default="segmentation")
+    parser.add_argument("--task", choices=["segmentation", "edges"], default="segmentation", help="edges: roles turned")
     parser.add_argument("--score", choices=["ef", "ef_released", "ef_share"], default="ef", help="which form of EF")
     parser.add_argument("--master", metavar="ENCODER", help="by hand, not by score")
     parser.add_argument("--auxiliary", metavar="ENCODER", help="by hand, not by score")
@@ -184,14 +184,16 @@ def main():
     run.write_json(folder / "selection.json", selection)
     draw_profiles(folder / "metrics.png", metrics, selection)
 
-    reasons = (f"highest mean {overall}", f"highest peak of {peaking} among the others", "where that peak is")
+    others = f"highest peak of {peaking} among the others" if len(encoders) > 2 else "the only other encoder"
+    reasons = (f"highest {overall}, mean over strides", others, f"peak of {peaking}")
     chosen = (selection["master"], selection["auxiliary"], f"OS {selection['stride']}")
     print()
     for part, what, reason in zip(by_hand, chosen, reasons, strict=True):
         print(f"{part:12}{what:16}{reason if by_hand[part] is None else 'chosen by hand'}")
+    fixed = f" ({', '.join(selection['chosen_by_hand'])} held fixed)" if selection["chosen_by_hand"] else ""
     print(
         f"the same pair in {stability['pair']:.0%} of {RESAMPLES} resamples of the {images} images, the same stride in "
-        f"{stability['stride']:.0%}, both in {stability['all']:.0%}"
+        f"{stability['stride']:.0%}, both in {stability['all']:.0%}{fixed}"
     )
     for warning in warnings:
         print(f"WARNING: {warning}")
@@ -199,8 +201,8 @@ def main():
     if metrics["benchmark"]:
         print(f"next: {run.command('04_train.py', folder)}")
     else:
-        pair = f"--encoders {selection['master']} {selection['auxiliary']}"
-        print(f"next: 04_train.py needs labels, so choose a benchmark: python 01_extract.py --benchmark NAME {pair}")
+        pair = f"--benchmark NAME --encoders {selection['master']} {selection['auxiliary']}"
+        print(f"next: the answer for these pictures stands. 04_train.py needs labels: start with 01_extract.py {pair}")
 
 
 if __name__ == "__main__":

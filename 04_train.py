@@ -85,7 +85,9 @@ def parse_arguments():
     parser.add_argument("--master", choices=ENCODERS, metavar="NAME", help="instead of the selected one")
     parser.add_argument("--auxiliary", choices=ENCODERS, metavar="NAME", help="instead of the selected one")
     parser.add_argument("--stride", type=int, choices=(4, 8, 16, 32), help="instead of the selected one")
-    parser.add_argument("--fusion", choices=("replace", "concat", "add", "none"), default="replace")
+    parser.add_argument(
+        "--fusion", choices=("replace", "concat", "add", "none"), default="replace", help="none: no auxiliary"
+    )
     parser.add_argument("--master-mode", choices=("ft", "fz"), default="ft", help="fine-tuned or frozen")
     parser.add_argument("--aux-mode", choices=("ft", "fz"), default="fz", help="fine-tuned or frozen")
     parser.add_argument("--steps", type=run.positive, help="instead of the recipe's")

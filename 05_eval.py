@@ -333,6 +333,7 @@ def benchmark_rows(name: str, numbers: dict[str, float], data: Path) -> list[lis
     rows = [["benchmark", "trains on", "evaluates on", "score", "paper", "here"]]
     for other, benchmark in BENCHMARKS.items():
         ours = "not evaluated" if on_disk(benchmark, data) else "not on disk"
+        ours = ours if benchmark.categories else f"{ours}, no reader yet"
         if other == name:
             ours = ", ".join(f"{numbers[measure]:.1f}" for measure in benchmark.measures)
         where = [other, benchmark.trains_on, benchmark.evaluates_on]
@@ -410,8 +411,9 @@ def main():
     with run.whole_file(folder / "results.md") as temporary:
         temporary.write_text(report)
     print(f"\n{report}\nwrote {folder}/results.json, results.md, predictions.png")
-    ablation = run.command("04_train.py", folder, "--out", f"{folder}_alone", "--fusion", "none")
-    print(f"next: the master alone, to compare: {ablation}")
+    if settings["fusion"] != "none":
+        flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(settings["steps"]))
+        print(f"next: the master alone, to compare: {run.command('04_train.py', folder, *flags)}")
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def open_split(name: str, data: Path, part: str) -> "Cityscapes":
     folder, split = (benchmark.trains_on if part == "train" else benchmark.evaluates_on).split()
     if name == "toycity":
         toycity.write(data / "toycity")
-    if not (data / folder).is_dir():
-        raise UserError(f"{name} needs {data / folder}, which is not there: say where your data sets are with --data")
     if benchmark.categories is None:
         raise UserError(f"{name} has no reader yet: only toycity and Cityscapes can be read so far")
+    if not (data / folder).is_dir():
+        raise UserError(f"{name} needs {data / folder}, which is not there: say where your data sets are with --data")
     return Cityscapes(data / folder, split, benchmark.categories, benchmark.task, with_truth=part == "val")
 
 

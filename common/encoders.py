@@ -187,8 +187,9 @@ def _fill(encoder: Encoder, path: Path) -> None:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         state = _without_wrapping(encoder, state)
     except Exception as error:  # a damaged file, or a pickle that holds more than tensors
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors ({reason})") from None
+        # torch's own message would advise to run whatever code the file holds
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors{reason}") from None
     wanted = encoder.model.state_dict()
     missing = [key for key in wanted if key not in state]
     misfit = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]

@@ -43,7 +43,9 @@ def start(main) -> None:
 def arguments(description: str) -> argparse.ArgumentParser:
     """The parser that every stage begins with: its docstring as help, and the flags that mean the same everywhere."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/toycity"), help="run folder (default: %(default)s)")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/toycity"), help="run folder (stage 1 names it after its pictures)"
+    )
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda") if cuda else ("cpu",), default="cuda" if cuda else "cpu")
     parser.add_argument("--workers", type=positive, default=2, help="helpers beside the main process")
@@ -143,7 +145,7 @@ def same_settings(what: Path, old: dict, new: dict, advice: str) -> None:
     for key, value in new.items():
         before = old.get(key)
         if before != value:
-            if isinstance(value, list) and isinstance(before, list) and max(len(value), len(before)) > 8:
+            if key == "images" and before:
                 unlike = [pair for pair in zip(before, value, strict=False) if pair[0] != pair[1]]
                 before, value = unlike[0] if len(before) == len(value) else (len(before), len(value))
             differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(value)}")

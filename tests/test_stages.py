@@ -113,7 +113,7 @@ def test_pictures_of_any_size_without_labels(stage, extract, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * (2 + 3) * 4
     said = stage("03_select", "--run", tmp_path / "run", "--stride", 4)
-    assert "04_train.py needs labels" in said
+    assert "04_train.py needs labels" in said and "stride held fixed" in said
     with pytest.raises(UserError, match="without labels"):
         stage("04_train", "--run", tmp_path / "run")
 
