@@ -57,8 +57,8 @@ def main():
     classes = [entry[1] for entry in TOYCITY]
     if args.encoder == "tiny_hiera":
         samples, classes = WithoutClasses(samples), ["segment"]
-    slow = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "short_side": (192, 384)}
-    recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **slow)
+    changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "short_side": (192, 384)}
+    recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **changes)
     settings = {"master": args.encoder, "auxiliary": None, "stride": 16, "fusion": "none", "seed": args.seed}
     settings |= {"master_mode": "ft", "aux_mode": "fz", "classes": classes, **dataclasses.asdict(recipe)}
 
