@@ -43,9 +43,8 @@ class FusedPyramid(nn.Module):
         self.fusion = fusion if auxiliary is not None else "none"
         self.auxiliary = auxiliary if self.fusion != "none" else None
         self.train_master, self.train_auxiliary = train_master, train_auxiliary
-        self.own = [
-            s for s in STRIDES if not (s == stride and self.fusion == "replace")
-        ]  # levels that the master feeds
+        # the levels that the master feeds
+        self.own = [s for s in STRIDES if not (s == stride and self.fusion == "replace")]
 
         # What no level needs is dropped: it would cost time, and no gradient would ever reach it.
         self.master.cut(nearest_stride(master.channels, self.own[-1]))
@@ -138,11 +137,10 @@ class FusedModel(nn.Module):
         pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
         # Built by hand, it is not initialised by the library: the level embedding would be whatever memory held.
         pixel_decoder.apply(whole._init_weights)
+        # As Mask2Former's input projections; the library leaves them at a std of 0.02.
         for module in pixel_decoder.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(
-                    module.weight
-                )  # as Mask2Former's input projections; the library leaves std 0.02
+                nn.init.xavier_uniform_(module.weight)
         self.pyramid = fused
         self.pixel_decoder = pixel_decoder
         self.transformer = whole.model.transformer_module

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -261,18 +260,11 @@ def filled(tmp_path):
         "seed": 0,
     }
     run.write_json(tmp_path / "run.json", settings | {"weights": {"tiny_vit": "none", "tiny_hiera": "pretrained"}})
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)  # the stage sets one
+    return tmp_path
 
 
-def stage(monkeypatch, folder, *flags):
-    monkeypatch.setattr(sys, "argv", ["02_metrics.py", "--run", str(folder), "--device", "cpu", *flags])
-    metrics.main()
-
-
-def test_stage_writes_every_map_and_its_means_twice_the_same(filled, monkeypatch, capsys):
-    stage(monkeypatch, filled)
+def test_stage_writes_every_map_and_its_means_twice_the_same(filled, stage):
+    printed = stage("02_metrics", "--run", filled, "--device", "cpu")
     table, summary = (filled / "metrics.csv").read_text(), json.loads((filled / "metrics.json").read_text())
     rows = list(csv.DictReader(table.splitlines()))
     assert len(rows) == 3 * 5 * 4
@@ -288,10 +280,9 @@ def test_stage_writes_every_map_and_its_means_twice_the_same(filled, monkeypatch
         assert cc["image"] > 0
         assert share == pytest.approx(cc["tiny_hiera"] / cc["image"])
     assert Image.open(filled / "metrics.png").width > 900
-    printed = capsys.readouterr().out
     assert "tiny_vit has RANDOM weights" in printed
     assert printed.rstrip().endswith(f"python 03_select.py --run {filled}")
-    stage(monkeypatch, filled, "--workers", "1")
+    stage("02_metrics", "--run", filled, "--device", "cpu", "--workers", 1)
     assert (filled / "metrics.csv").read_text() == table
 
 
@@ -303,11 +294,11 @@ def test_share_is_undefined_where_the_image_itself_is_at_chance():
     assert summary["x"]["4"]["EF_SHARE"]["mean"] == 1
 
 
-def test_stage_names_what_is_missing(filled, monkeypatch):
+def test_stage_names_what_is_missing(filled, stage):
     path = run.feature_path(filled, "tiny_hiera", "b.png")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(run.UserError, match=r"b\.png\.safetensors is damaged.*01_extract\.py"):
-        stage(monkeypatch, filled)
+        stage("02_metrics", "--run", filled, "--device", "cpu")
     assert not (filled / "metrics.csv").exists()
     with pytest.raises(run.UserError, match=r"run `python 01_extract\.py --run .*nowhere` first"):
-        stage(monkeypatch, filled / "nowhere")
+        stage("02_metrics", "--run", filled / "nowhere", "--device", "cpu")
