@@ -5,14 +5,17 @@
     python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
 
 Each picture is scaled to a working size and passes once through each encoder; only the native maps are stored, in
-float16. A picture whose file is already there and whole is skipped, so an interrupted run goes on where it stopped.
+float16. A picture whose file is already there and whole is skipped, so an interrupted run goes on where it stopped. A
+picture that cannot be read is named and left out.
 
 Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
 """
 
+import os
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,16 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import figures, run
-from common.benchmarks import (
-    find_benchmark,
-    list_pictures,
-    open_split,
-    read_image,
-    read_size,
-    resize_image,
-    working_size,
-)
-from common.encoders import ENCODERS, load_encoder
+from common.benchmarks import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
+from common.encoders import ENCODERS, find_encoder, load_encoder, weights_origin
 from common.run import UserError
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -39,7 +34,7 @@ from common.run import UserError
 
 def parse_arguments():
     parser = run.arguments(__doc__)
-    known = f"of {', '.join(ENCODERS)} (default: tiny_vit tiny_hiera)"
+    known = f"of {', '.join(ENCODERS)}, or timm:NAME for a model of timm (default: tiny_vit tiny_hiera)"
     parser.set_defaults(run=None)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--benchmark", default="toycity", help="whose training pictures to take (default: toycity)")
@@ -63,8 +58,6 @@ def parse_arguments():
 
 def choose_weights(encoders: list[str], words: list[str]) -> dict[str, str]:
     """--weights as {encoder: "pretrained", "none" or a file}; UserError for words that mean nothing here."""
-    if unknown := [name for name in encoders if name not in ENCODERS]:
-        raise UserError(f"unknown encoder {unknown[0]!r}; known are {', '.join(ENCODERS)}")
     if len(set(encoders)) < len(encoders):
         raise UserError(f"--encoders names one of {', '.join(encoders)} twice")
     weights = dict.fromkeys(encoders, "pretrained")
@@ -80,6 +73,43 @@ def choose_weights(encoders: list[str], words: list[str]) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- extraction
+
+
+def without_a_file_name(root: Path, names: list[str]) -> dict[str, str]:
+    """{name: reason} of the pictures whose features cannot have a file name of their own."""
+    reasons, taken = {}, set()
+    for name in names:
+        file = run.feature_path(root, "", name).name
+        if file in taken:
+            reasons[name] = f"{root / name} agrees with another picture once / is written __: rename it"
+        elif len(os.fsencode(file)) > 220:
+            reasons[name] = f"{root / name} has too long a path for the name of a file: shorten it"
+        taken.add(file)
+    return reasons
+
+
+def look_at(pictures: "Pictures", workers: int) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Read every picture once, which costs little beside an encoder, so that all that follows can rely on it.
+
+    Returns {name: height and width at the working size}, and {name: reason} of those that cannot be used.
+    """
+
+    def look(name: str) -> tuple[int, int] | str:
+        try:
+            height, width = read_image(pictures.root / name).shape[1:]
+        except UserError as error:
+            return str(error)
+        if "x" not in pictures.size and max(height, width) > 16 * min(height, width):
+            return f"{pictures.root / name} is {height} x {width}, too long for its aspect to be kept: give --size HxW"
+        return working_size(height, width, pictures.size)
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(
+            tqdm(pool.map(look, pictures.names), "reading", len(pictures), unit="picture", disable=not pictures.names)
+        )
+    found = dict(zip(pictures.names, found, strict=True))
+    reasons = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    return {name: size for name, size in found.items() if name not in reasons}, reasons
 
 
 class Pictures(Dataset):
@@ -146,29 +176,38 @@ def main():
 
     # Which pictures, evenly spaced over the sorted list
     if args.images:
-        name, root, names = None, args.images, list_pictures(args.images)
+        benchmark, root, names = None, args.images, list_pictures(args.images)
         size = args.size or "512"
         folder = args.run or Path("runs") / root.resolve().name
     else:
-        name, benchmark = args.benchmark, find_benchmark(args.benchmark)
-        samples = open_split(name, args.data, "train")
+        benchmark = args.benchmark
+        size = args.size or find_benchmark(benchmark).size
+        samples = open_split(benchmark, args.data, "train")
         root, names = samples.root, samples.names
-        size = args.size or benchmark.size
-        folder = args.run or Path("runs") / name
-    count = min(len(names), args.limit or (24 if name == "toycity" else 200))
+        folder = args.run or Path("runs") / benchmark
+    working_size(512, 512, size)  # refuses a --size that means nothing
+    count = min(len(names), args.limit or (24 if benchmark == "toycity" else 200))
     names = [names[i * len(names) // count] for i in range(count)]
-    if len({run.feature_path(folder, "", name) for name in names}) < count:
-        raise UserError(f"{root} holds pictures whose names agree once / is written __: rename one of them")
-    settings = {"benchmark": name, "data": str(args.data), "root": str(root), "images": names, "size": size}
-    settings |= {"encoders": args.encoders, "weights": weights, "seed": args.seed}
-    run.open_run(folder, settings, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
 
-    # How much is left to do, and whether the disk can take it
-    todo = {encoder: unfinished(folder, encoder, names) for encoder in args.encoders}
-    missing = {name for names_left in todo.values() for name in names_left}
-    shapes = {name: working_size(*read_size(root / name), size) for name in sorted(missing)}
-    gigabytes = sum(bytes_to_write(shapes[n], ENCODERS[e].channels) for e in todo for n in todo[e]) / 1e9
-    print(f"{count} pictures of {root} for {', '.join(args.encoders)}: {gigabytes:.2f} GB to write under {folder}")
+    # What is left to do, and what cannot be used; a picture that was extracted before was readable
+    origin = {encoder: weights_origin(encoder, weights[encoder]) for encoder in args.encoders}
+    left_out = without_a_file_name(root, names)
+    todo = {e: unfinished(folder, e, [name for name in names if name not in left_out]) for e in args.encoders}
+    sizes, unusable = look_at(Pictures(root, sorted({name for e in todo for name in todo[e]}), size), args.workers)
+    left_out |= unusable
+    todo = {encoder: [name for name in todo[encoder] if name not in left_out] for encoder in todo}
+    names = [name for name in names if name not in left_out]
+    for reason in left_out.values():
+        print(f"left out: {reason}")
+    if not names:
+        raise UserError(f"none of the {count} pictures of {root} can be used")
+    settings = {"benchmark": benchmark, "data": str(args.data), "root": str(root), "images": names, "size": size}
+    settings |= {"left_out": sorted(left_out), "encoders": args.encoders, "weights": weights, "weights_from": origin}
+    run.open_run(folder, settings | {"seed": args.seed}, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
+
+    # Whether the disk can take it
+    gigabytes = sum(bytes_to_write(sizes[n], find_encoder(e).channels) for e in todo for n in todo[e]) / 1e9
+    print(f"{len(names)} pictures of {root} for {', '.join(args.encoders)}: {gigabytes:.2f} GB to write under {folder}")
     need_disk(folder, gigabytes)
 
     for encoder_name in args.encoders:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import figures, run
 from common.benchmarks import open_split
-from common.encoders import ENCODERS
+from common.encoders import weights_origin
 from common.model import LOSS_WEIGHTS, FusedModel, build_model
 from common.run import UserError
 
@@ -82,8 +82,8 @@ def parse_arguments():
     parser = run.arguments(__doc__)
     parser.add_argument("--out", type=Path, help="folder for the training (default: the run folder)")
     parser.add_argument("--data", type=Path, help="data root (default: as in stage 1)")
-    parser.add_argument("--master", choices=ENCODERS, metavar="NAME", help="instead of the selected one")
-    parser.add_argument("--auxiliary", choices=ENCODERS, metavar="NAME", help="instead of the selected one")
+    parser.add_argument("--master", metavar="NAME", help="instead of the selected one")
+    parser.add_argument("--auxiliary", metavar="NAME", help="instead of the selected one")
     parser.add_argument("--stride", type=int, choices=(4, 8, 16, 32), help="instead of the selected one")
     parser.add_argument(
         "--fusion", choices=("replace", "concat", "add", "none"), default="replace", help="none: no auxiliary"
@@ -296,7 +296,11 @@ def main():
     samples = open_split(name, args.data or Path(asked["data"]), "train")
     settings = {key: selection[key] for key in ("master", "auxiliary", "stride")}
     settings |= {"benchmark": name, "fusion": args.fusion, "master_mode": args.master_mode, "aux_mode": args.aux_mode}
-    settings |= {"weights": weights, "seed": asked["seed"] if args.seed is None else args.seed}
+    origin = {encoder: weights_origin(encoder, weights[encoder]) for encoder in used}
+    for encoder in used:
+        if origin[encoder] != (measured := asked["weights_from"].get(encoder, origin[encoder])):
+            raise UserError(f"{encoder} was measured with other weights ({measured}) than these ({origin[encoder]})")
+    settings |= {"weights": weights, "weights_from": origin, "seed": asked["seed"] if args.seed is None else args.seed}
     settings |= {"classes": [name for _, name, _ in samples.categories]}
     settings |= {"isthing": [isthing for _, _, isthing in samples.categories], **dataclasses.asdict(recipe)}
 

@@ -361,7 +361,11 @@ def markdown(rows: list[list[str]]) -> str:
 def draw_folder(model, settings: dict, things: list[int], pictures: Path, folder: Path, device: str) -> None:
     """predictions/<picture>.png for each picture of a folder."""
     for name in tqdm(list_pictures(pictures), "predicting", unit="picture"):
-        image = read_image(pictures / name)
+        try:
+            image = read_image(pictures / name)
+        except UserError as error:
+            print(f"left out: {error}")
+            continue
         ids, segments = panoptic(*predict(model, image, settings["test_size"], device), things)
         row = (image, [("prediction", ids.cpu(), [s["label"] for s in segments])])
         path = folder / "predictions" / f"{name.replace('/', '__')}.png"

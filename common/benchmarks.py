@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from common import toycity
@@ -162,10 +162,11 @@ class Cityscapes(Dataset):
 
 
 def list_pictures(folder: Path) -> list[str]:
-    """Paths of all pictures below a folder, relative to it, sorted. UserError where there is none."""
+    """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
     if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     return names
@@ -175,18 +176,30 @@ def _open(path: Path, read):
     try:
         with Image.open(path) as file:
             return read(file)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for missing, foreign and truncated files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # missing, foreign, cut short
         raise UserError(f"{path} cannot be read as a picture ({error})") from None
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """uint8 [3, H, W], sRGB. UserError names a file that is missing, truncated or no picture."""
-    return torch.from_numpy(_open(path, lambda file: np.array(file.convert("RGB")))).permute(2, 0, 1).contiguous()
+    """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
+
+    UserError names a file that is missing, truncated or no picture. Colour profiles are ignored, as they are in the
+    training of every encoder here.
+    """
+    return torch.from_numpy(_open(path, _rgb)).permute(2, 0, 1).contiguous()
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, from its header alone."""
-    return _open(path, lambda file: file.size[::-1])
+def _rgb(file: Image.Image) -> np.ndarray:
+    if file.mode in ("I", "F"):
+        raise ValueError("its numbers have more than 16 bits, which no screen shows")
+    ImageOps.exif_transpose(file, in_place=True)
+    if file.mode.startswith("I;16"):  # convert() would cut all above 255
+        grey = (np.asarray(file) / 257 + 0.5).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if file.has_transparency_data:
+        file = file.convert("RGBA")
+        file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
+    return np.array(file.convert("RGB"))
 
 
 def working_size(height: int, width: int, size: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The encoders of visual foundation models: one table, one loader, and the pyramid that every stage reads.
 
-    encoder = load_encoder("dinov3_b")                  # or "sam2_b", weights="none", weights="my/file.safetensors"
+    encoder = load_encoder("dinov3_b")                  # or "sam2_b", "timm:resnet50"; weights="none" or a file
     native = encoder(images)                            # {native output stride: [B, C, H/stride, W/stride]}
     levels = pyramid(native, images.shape[-2:])         # {4, 8, 16, 32: ...}
 
@@ -8,7 +8,10 @@ A ViT has one native map, at output stride 16; a hierarchical encoder has one pe
 """
 
 import contextlib
+import functools
+import hashlib
 import io
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sam2.modeling.backbones.hieradet import Hiera
-from timm.models.eva import checkpoint_filter_fn
 from torch import nn
 
 from common.run import UserError
@@ -29,7 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    family: str  # "vit": a timm model, last layer's normalised patch tokens. "hiera": sam2's trunk, its stages, raw
+    model: str  # timm's name for it; "hiera": the trunk of sam2
     channels: dict[int, int]  # {native stride: channels}
     hub: tuple[str, str] | None  # repository and file of the pretrained weights; None: shipped in common/
     arguments: dict = field(default_factory=dict)  # what the constructor wants
@@ -37,9 +39,10 @@ class EncoderSpec:
     std: tuple = IMAGENET_STD
 
 
-def _dinov3(model: str, channels: int) -> EncoderSpec:
-    arguments = {"model_name": f"{model}.lvd1689m"}
-    return EncoderSpec("vit", {16: channels}, (f"timm/{model}.lvd1689m", "model.safetensors"), arguments)
+def _timm(model: str, channels: dict[int, int], **arguments) -> EncoderSpec:
+    published = timm.get_pretrained_cfg(model)
+    hub = (published.hf_hub_id or f"timm/{model}", published.hf_hub_filename or "model.safetensors")
+    return EncoderSpec(model, channels, hub, arguments, published.mean, published.std)
 
 
 def _sam2(size: str, width: int, **arguments) -> EncoderSpec:
@@ -49,9 +52,15 @@ def _sam2(size: str, width: int, **arguments) -> EncoderSpec:
 
 
 ENCODERS = {
-    "dinov3_s": _dinov3("vit_small_patch16_dinov3", 384),
-    "dinov3_b": _dinov3("vit_base_patch16_dinov3", 768),
-    "dinov3_l": _dinov3("vit_large_patch16_dinov3", 1024),
+    "dinov3_s": _timm("vit_small_patch16_dinov3.lvd1689m", {16: 384}),
+    "dinov3_b": _timm("vit_base_patch16_dinov3.lvd1689m", {16: 768}),
+    "dinov3_l": _timm("vit_large_patch16_dinov3.lvd1689m", {16: 1024}),
+    # Patches of 14 pixels: the picture is resized to 14/16, so that its map too is at stride 16.
+    "dinov2_b": _timm("vit_base_patch14_reg4_dinov2.lvd142m", {16: 768}, dynamic_img_size=True),
+    "dino_b": _timm("vit_base_patch16_224.dino", {16: 768}, dynamic_img_size=True),
+    # OpenAI trained CLIP with the quick GELU; timm's model without it in its name would compute another function.
+    "clip_b": _timm("vit_base_patch16_clip_quickgelu_224.openai", {16: 768}, dynamic_img_size=True),
+    "sam_b": _timm("samvit_base_patch16.sa1b", {16: 256}),
     "sam2_t": _sam2(
         "tiny", 96, stages=(1, 2, 7, 2), global_att_blocks=(5, 7, 9), window_pos_embed_bkg_spatial_size=(7, 7)
     ),
@@ -65,13 +74,16 @@ ENCODERS = {
         window_pos_embed_bkg_spatial_size=(7, 7),
         window_spec=(8, 4, 16, 8),
     ),
+    "swin_b": _timm(
+        "swin_base_patch4_window12_384.ms_in22k", {4: 128, 8: 256, 16: 512, 32: 1024}, strict_img_size=False
+    ),
     # Trained by tests/pretrain_tiny.py, so that the embedded benchmark runs offline and in minutes.
     "tiny_vit": EncoderSpec(
-        "vit",
+        "vit_small_patch16_dinov3",
         {16: 128},
         None,
         # Layer scale, 1e-5 in DINOv3, is left out: it is for deep networks and long schedules.
-        {"model_name": "vit_small_patch16_dinov3", "embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None},
+        {"embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None},
     ),
     "tiny_hiera": EncoderSpec(
         "hiera",
@@ -87,40 +99,85 @@ ENCODERS = {
 }
 
 
+def find_encoder(name: str) -> EncoderSpec:
+    """The table's row, or one made for "timm:NAME". Raises UserError for a name that is neither."""
+    if name.startswith("timm:"):
+        return _any_timm(name.removeprefix("timm:"))
+    if name not in ENCODERS:
+        raise UserError(f"unknown encoder {name!r}; known are {', '.join(ENCODERS)}, and timm:NAME for timm's models")
+    return ENCODERS[name]
+
+
+@functools.cache
+def _any_timm(model: str) -> EncoderSpec:
+    """Try the model without memory or arithmetic: what maps does it give for a picture of an odd size?"""
+    if not timm.is_model(model):
+        raise UserError(f"timm has no model {model!r}: python -c 'import timm; print(timm.list_models())' lists them")
+    for arguments in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        with contextlib.suppress(Exception), torch.device("meta"), torch.no_grad():  # each model has its own objections
+            spec = _timm(model, {}, **arguments)
+            maps = Encoder(model, spec).eval()(torch.zeros(1, 3, 64, 96))
+            if maps and all(feature.shape[2:] == (64 // s, 96 // s) for s, feature in maps.items()):
+                return _timm(model, {s: feature.shape[1] for s, feature in maps.items()}, **arguments)
+    raise UserError(f"timm's {model} gives no feature maps for pictures of any size: choose another encoder")
+
+
 class Encoder(nn.Module):
     """One encoder with its own normalisation.
 
     Input: images float32 [B, 3, H, W] in [0, 1], H and W multiples of 32.
-    Output: {native stride: [B, C, H/stride, W/stride]}, C as in `channels`.
+    Output: {native stride: [B, C, H/stride, W/stride]}, C as in `channels`. A ViT's map is its last layer's, with the
+    final norm (SAM: the neck), prefix tokens dropped; a hierarchical encoder's are its stages, raw.
     """
 
     def __init__(self, name: str, spec: EncoderSpec):
         super().__init__()
-        self.name, self.family, self.channels = name, spec.family, dict(spec.channels)
+        self.name, self.channels, self.scale = name, dict(spec.channels), 1
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
-        if spec.family == "vit":
-            self.model = timm.create_model(pretrained=False, num_classes=0, **spec.arguments)
+        if spec.model == "hiera":
+            self.model, self.strides = Hiera(**spec.arguments), list(STRIDES)
+            return
+        self.model = timm.create_model(spec.model, num_classes=0, **spec.arguments)
+        strides = [stage["reduction"] for stage in self.model.feature_info]
+        self.is_vit = len(set(strides)) == 1
+        if self.is_vit:
+            patch, self.taken = strides[0], 1  # the last layer
+            self.strides = [patch if patch in STRIDES else 16]
+            self.scale = patch / self.strides[0]
         else:
-            self.model = Hiera(**spec.arguments)
+            self.taken = [i for i, s in enumerate(strides) if s in STRIDES]
+            self.strides = [strides[i] for i in self.taken]
+        self.model.prune_intermediate_layers(self.taken, prune_norm=not self.is_vit, prune_head=True)
 
     def forward(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
         height, width = images.shape[-2:]
         if height % 32 or width % 32:
             raise ValueError(f"image sides must be multiples of 32, got {height} x {width}")
+        if self.scale != 1:
+            size = round(height * self.scale), round(width * self.scale)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
         images = (images - self.mean) / self.std
-        if self.family == "hiera":
-            return dict(zip(STRIDES, self.model(images), strict=False))  # fewer stages after cut()
-        tokens = self.model.forward_features(images)[:, self.model.num_prefix_tokens :]  # [B, H/16 * W/16, C]
-        return {16: tokens.transpose(1, 2).unflatten(2, (height // 16, width // 16))}
+        if isinstance(self.model, Hiera):
+            maps = self.model(images)
+        else:
+            maps = self.model.forward_intermediates(
+                images, indices=self.taken, norm=self.is_vit, intermediates_only=True
+            )
+        return dict(zip(self.strides, maps, strict=True))
 
     def cut(self, stride: int) -> None:
         """Drop the stages that no map up to `stride` needs. A ViT has one map and keeps all its blocks."""
-        if self.family == "hiera":
-            stages = STRIDES.index(stride) + 1
-            self.model.blocks = self.model.blocks[: self.model.stage_ends[stages - 1] + 1]
-            self.model.stage_ends = self.model.stage_ends[:stages]
-            self.channels = {s: c for s, c in self.channels.items() if s <= stride}
+        if len(self.strides) == 1:
+            return
+        self.strides = [s for s in self.strides if s <= stride]
+        self.channels = {s: self.channels[s] for s in self.strides}
+        if isinstance(self.model, Hiera):
+            self.model.stage_ends = self.model.stage_ends[: len(self.strides)]
+            self.model.blocks = self.model.blocks[: self.model.stage_ends[-1] + 1]
+        else:
+            self.taken = self.taken[: len(self.strides)]
+            self.model.prune_intermediate_layers(self.taken, prune_norm=True, prune_head=True)
 
 
 def pyramid(native: dict[int, torch.Tensor], size: tuple[int, int], mode: str = "nearest") -> dict[int, torch.Tensor]:
@@ -153,17 +210,22 @@ def load_encoder(name: str, weights: str = "pretrained", device: str = "cpu") ->
 
     Raises UserError for an unknown name, for weights that cannot be had, and for a file that does not fit.
     """
-    if name not in ENCODERS:
-        raise UserError(f"unknown encoder {name!r}; known are {', '.join(ENCODERS)}")
-    encoder = Encoder(name, ENCODERS[name])
+    encoder = Encoder(name, find_encoder(name))
     if weights != "none":
-        _fill(encoder, _pretrained_file(name) if weights == "pretrained" else Path(weights))
+        _fill(encoder, weights_file(name, weights))
     return encoder.eval().to(device)
 
 
-def _pretrained_file(name: str) -> Path:
-    """Shipped file, local cache, or download, in this order; the hub is probed once so that offline fails fast."""
-    hub = ENCODERS[name].hub
+def weights_file(name: str, weights: str) -> Path:
+    """Where an encoder's weights lie: a given file, or shipped file, local cache and download, in this order.
+
+    The hub is probed once, so that offline fails fast. Raises UserError if there is no such file.
+    """
+    if weights != "pretrained":
+        if not Path(weights).is_file():
+            raise UserError(f"weights of {name}: there is no file {weights}")
+        return Path(weights)
+    hub = find_encoder(name).hub
     if hub is None:
         return Path(__file__).with_name(f"{name}.safetensors")
     cached = huggingface_hub.try_to_load_from_cache(*hub)
@@ -179,40 +241,64 @@ def _pretrained_file(name: str) -> Path:
         ) from None
 
 
+def weights_origin(name: str, weights: str) -> str:
+    """For the record: "random", or where the weights came from and the SHA-256 of their file."""
+    if weights == "none":
+        return "random"
+    file, hub = weights_file(name, weights), find_encoder(name).hub
+    place = file if weights != "pretrained" else "/".join(hub) if hub else f"common/{file.name}"
+    with file.open("rb") as opened:
+        return f"{place} sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+
+
 def _fill(encoder: Encoder, path: Path) -> None:
     """Load a checkpoint file strictly: every tensor of the encoder must be in it and fit, surplus is ignored."""
-    if not path.is_file():
-        raise UserError(f"weights of {encoder.name}: there is no file {path}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        state = _without_wrapping(encoder, state)
+        found = _library_names(encoder, state)
     except Exception as error:  # a damaged file, or a pickle that holds more than tensors
         # torch's own message would advise to run whatever code the file holds
         reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors{reason}") from None
     wanted = encoder.model.state_dict()
-    missing = [key for key in wanted if key not in state]
-    misfit = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    missing = [key for key in wanted if key not in found]
+    misfit = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     if missing or misfit:
         problems = [f"{key} is missing" for key in missing]
-        problems += [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in misfit]
+        problems += [f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}" for key in misfit]
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        if "settings" in state:
+            more += " (a run keeps only the stages that its pyramid needs)"
         raise UserError(f"{path} does not hold the weights of {encoder.name}: {'; '.join(problems[:3])}{more}")
-    encoder.model.load_state_dict({key: state[key].float() for key in wanted})
+    encoder.model.load_state_dict({key: found[key].to(wanted[key].dtype) for key in wanted})
 
 
-def _without_wrapping(encoder: Encoder, state: dict) -> dict[str, torch.Tensor]:
-    """Bring an official checkpoint's tensors to the names of the library that the encoder is built with."""
+def _library_names(encoder: Encoder, state: dict) -> dict[str, torch.Tensor]:
+    """Bring a checkpoint's tensors to the names of the library that the encoder is built with.
+
+    Raises ValueError for a file that would compute something else under these names.
+    """
     prefix = "image_encoder.trunk."  # SAM 2.1
     if "settings" in state:  # a run's checkpoint.pt: the encoder as fine-tuned there
-        role = "master" if state["settings"]["master"] == encoder.name else "auxiliary"
-        prefix = f"pyramid.{role}.model."
+        roles = {state["settings"][role]: role for role in ("master", "auxiliary")}
+        if encoder.name not in roles:
+            raise ValueError(f"a run's checkpoint, of {' and '.join(roles)}")
+        prefix = f"pyramid.{roles[encoder.name]}.model."
     state = state.get("model", state)
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if any(key.startswith(prefix) for key in state):
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if encoder.family == "vit":
-        if any(value.any() for key, value in state.items() if key.endswith("qkv.bias")):
-            raise ValueError("its qkv biases are not zero, as the LVD-1689M weights' are")
-        with contextlib.redirect_stdout(io.StringIO()):  # the converter prints each zero bias that it skips
-            return checkpoint_filter_fn(state, encoder.model)  # Meta's names to timm's
-    return state
+    convert = getattr(sys.modules[type(encoder.model).__module__], "checkpoint_filter_fn", None)  # timm's own
+    if convert is None:
+        return state
+    biased = any(value.any() for key, value in state.items() if key.endswith("qkv.bias"))
+    if biased and not any(key.endswith("qkv.bias") for key in encoder.model.state_dict()):
+        raise ValueError("its qkv biases are not zero, as the LVD-1689M weights' are")
+    given = {value.untyped_storage().data_ptr() for value in state.values()}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints each zero bias that it skips
+        found = convert(state, encoder.model)
+    for key, value in found.items():  # it would resample these to fit
+        resizable = key.endswith(("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table"))
+        if resizable and value.untyped_storage().data_ptr() not in given:
+            raise ValueError(f"its {key} is of another size")
+    return found

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from common import benchmarks, toycity
-from common.benchmarks import BENCHMARKS, CITYSCAPES, TOYCITY, Cityscapes, open_split, read_image, resize_image
+from common.benchmarks import BENCHMARKS, CITYSCAPES, TOYCITY, Cityscapes, open_split, resize_image
 from common.run import UserError
 
 
@@ -108,13 +108,10 @@ def test_all_benchmarks_of_the_paper_are_listed_and_the_missing_are_missing(tmp_
         open_split("coco_panoptic", tmp_path, "train")
 
 
-def test_pictures_are_scaled_to_multiples_of_32(tmp_path):
+def test_pictures_are_scaled_to_multiples_of_32():
     assert benchmarks.working_size(427, 640, "512") == (512, 768)
     assert benchmarks.working_size(1024, 2048, "512x1024") == (512, 1024)
-    assert benchmarks.working_size(20, 900, "64") == (64, 2880)
     image = torch.full((3, 50, 70), 51, dtype=torch.uint8)
     scaled = resize_image(image, "64")
     assert scaled.shape == (3, 64, 96) and scaled.dtype == torch.float32
     torch.testing.assert_close(scaled, torch.full((3, 64, 96), 0.2))
-    Image.new("L", (7, 5), 99).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "grey.png").unique().tolist() == [99]

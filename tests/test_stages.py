@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from common import run, toycity
-from common.encoders import ENCODERS
+from common.encoders import ENCODERS, load_encoder
 from common.run import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -186,13 +187,21 @@ def test_folders_without_pictures_are_refused(extract, tmp_path):
         extract(images=tmp_path / "nowhere")
 
 
-def test_a_truncated_picture_is_named(extract, pictures, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(pictures, broken)
-    (broken / "b c.jpg").write_bytes((pictures / "b c.jpg").read_bytes()[:-200])
-    with pytest.raises(UserError, match="b c.jpg cannot be read as a picture") as error:
-        extract(images=broken)  # in a DataLoader's worker, which would hand on its stack trace
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+def test_weights_that_changed_since_stage_1_are_noticed(stage, data, tmp_path):
+    file, folder = tmp_path / "mine.safetensors", tmp_path / "run"
+    shutil.copy(ROOT / "common/tiny_vit.safetensors", file)
+    extract = ["--data", data, "--run", folder, "--limit", 2, "--weights", f"tiny_vit={file}"]
+    stage("01_extract", *extract)
+    origin = json.loads((folder / "run.json").read_text())["weights_from"]
+    assert origin["tiny_vit"].startswith(f"{file} sha256:")
+    assert origin["tiny_hiera"].startswith("common/tiny_hiera.safetensors sha256:")
+    stage("02_metrics", "--run", folder)
+    stage("03_select", "--run", folder, "--stride", 8)
+    save_file(load_encoder("tiny_vit", "none").model.state_dict(), file)
+    with pytest.raises(UserError, match="weights_from was .*mine.safetensors"):
+        stage("01_extract", *extract)
+    with pytest.raises(UserError, match="tiny_vit was measured with other weights"):
+        stage("04_train", "--run", folder, "--steps", 2)
 
 
 def test_other_settings_for_the_same_run_are_refused_by_name(extract, tmp_path):
@@ -230,10 +239,6 @@ def test_numbers_names_and_repeats_that_make_no_sense_are_refused(extract, pictu
             extract("--limit", limit)
     with pytest.raises(UserError, match="twice"):
         extract("--encoders", "tiny_vit", "tiny_vit")
-    shutil.copytree(pictures, tmp_path / "alike")
-    shutil.copy(pictures / "a.png", tmp_path / "alike/sub__a.png")  # would share a feature file with sub/a.png
-    with pytest.raises(UserError, match="names agree once"):
-        extract(images=tmp_path / "alike")
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
