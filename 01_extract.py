@@ -11,7 +11,6 @@ picture that cannot be read is named and left out.
 Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
 """
 
-import os
 import shlex
 import shutil
 import sys
@@ -25,7 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import figures, run
-from common.benchmarks import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
+from common.benchmarks import (
+    find_benchmark,
+    list_pictures,
+    open_split,
+    read_image,
+    resize_image,
+    without_a_file_name,
+    working_size,
+)
 from common.encoders import ENCODERS, find_encoder, load_encoder, weights_origin
 from common.run import UserError
 
@@ -64,7 +71,7 @@ def choose_weights(encoders: list[str], words: list[str]) -> dict[str, str]:
     for word in sorted(words, key=lambda word: "=" in word):  # single encoders overrule the word for all
         name, equals, file = word.partition("=")
         if equals and name in encoders:
-            weights[name] = file
+            weights[name] = str(Path(file).resolve())
         elif word in ("pretrained", "none"):
             weights = dict.fromkeys(encoders, word)
         else:
@@ -73,19 +80,6 @@ def choose_weights(encoders: list[str], words: list[str]) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- extraction
-
-
-def without_a_file_name(root: Path, names: list[str]) -> dict[str, str]:
-    """{name: reason} of the pictures whose features cannot have a file name of their own."""
-    reasons, taken = {}, set()
-    for name in names:
-        file = run.feature_path(root, "", name).name
-        if file in taken:
-            reasons[name] = f"{root / name} agrees with another picture once / is written __: rename it"
-        elif len(os.fsencode(file)) > 220:
-            reasons[name] = f"{root / name} has too long a path for the name of a file: shorten it"
-        taken.add(file)
-    return reasons
 
 
 def look_at(pictures: "Pictures", workers: int) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
@@ -202,8 +196,8 @@ def main():
     if not names:
         raise UserError(f"none of the {count} pictures of {root} can be used")
     settings = {"benchmark": benchmark, "data": str(args.data), "root": str(root), "images": names, "size": size}
-    settings |= {"left_out": sorted(left_out), "encoders": args.encoders, "weights": weights, "weights_from": origin}
-    run.open_run(folder, settings | {"seed": args.seed}, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
+    settings |= {"encoders": args.encoders, "weights": weights, "weights_from": origin, "seed": args.seed}
+    run.open_run(folder, settings, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
 
     # Whether the disk can take it
     gigabytes = sum(bytes_to_write(sizes[n], find_encoder(e).channels) for e in todo for n in todo[e]) / 1e9

@@ -298,8 +298,11 @@ def main():
     settings |= {"benchmark": name, "fusion": args.fusion, "master_mode": args.master_mode, "aux_mode": args.aux_mode}
     origin = {encoder: weights_origin(encoder, weights[encoder]) for encoder in used}
     for encoder in used:
-        if origin[encoder] != (measured := asked["weights_from"].get(encoder, origin[encoder])):
-            raise UserError(f"{encoder} was measured with other weights ({measured}) than these ({origin[encoder]})")
+        if origin[encoder] != (measured := asked.get("weights_from", {}).get(encoder, origin[encoder])):
+            raise UserError(
+                f"{encoder} was measured with other weights ({measured}) than these ({origin[encoder]}): "
+                "bring those back, or begin with 01_extract.py and another --run"
+            )
     settings |= {"weights": weights, "weights_from": origin, "seed": asked["seed"] if args.seed is None else args.seed}
     settings |= {"classes": [name for _, name, _ in samples.categories]}
     settings |= {"isthing": [isthing for _, _, isthing in samples.categories], **dataclasses.asdict(recipe)}

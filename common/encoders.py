@@ -12,7 +12,7 @@ import functools
 import hashlib
 import io
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -113,12 +113,16 @@ def _any_timm(model: str) -> EncoderSpec:
     """Try the model without memory or arithmetic: what maps does it give for a picture of an odd size?"""
     if not timm.is_model(model):
         raise UserError(f"timm has no model {model!r}: python -c 'import timm; print(timm.list_models())' lists them")
+    try:
+        spec = _timm(model, {})
+    except Exception as error:  # a tag that does not exist
+        raise UserError(f"timm has no weights {model!r} ({error})") from None
     for arguments in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        spec = replace(spec, arguments=arguments)
         with contextlib.suppress(Exception), torch.device("meta"), torch.no_grad():  # each model has its own objections
-            spec = _timm(model, {}, **arguments)
             maps = Encoder(model, spec).eval()(torch.zeros(1, 3, 64, 96))
             if maps and all(feature.shape[2:] == (64 // s, 96 // s) for s, feature in maps.items()):
-                return _timm(model, {s: feature.shape[1] for s, feature in maps.items()}, **arguments)
+                return replace(spec, channels={s: feature.shape[1] for s, feature in maps.items()})
     raise UserError(f"timm's {model} gives no feature maps for pictures of any size: choose another encoder")
 
 
@@ -127,7 +131,8 @@ class Encoder(nn.Module):
 
     Input: images float32 [B, 3, H, W] in [0, 1], H and W multiples of 32.
     Output: {native stride: [B, C, H/stride, W/stride]}, C as in `channels`. A ViT's map is its last layer's, with the
-    final norm (SAM: the neck), prefix tokens dropped; a hierarchical encoder's are its stages, raw.
+    final norm (SAM: the neck; timm models that pool by averaging have none), prefix tokens dropped; a hierarchical
+    encoder's are its stages, raw.
     """
 
     def __init__(self, name: str, spec: EncoderSpec):
@@ -232,7 +237,7 @@ def weights_file(name: str, weights: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     try:
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(*hub), timeout=3)
+        huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(*hub), timeout=3)
         return Path(huggingface_hub.hf_hub_download(*hub))
     except Exception as error:  # offline, no access, disk full: all end in the same advice
         raise UserError(
@@ -255,17 +260,19 @@ def _fill(encoder: Encoder, path: Path) -> None:
     """Load a checkpoint file strictly: every tensor of the encoder must be in it and fit, surplus is ignored."""
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        found = _library_names(encoder, state)
-    except Exception as error:  # a damaged file, or a pickle that holds more than tensors
-        # torch's own message would advise to run whatever code the file holds
-        reason = f" ({error})" if isinstance(error, ValueError) else ""
-        raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors{reason}") from None
+    except Exception:  # a damaged file, or a pickle that holds more: torch would advise to run whatever code it holds
+        raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors") from None
+    found = _library_names(encoder, state, path)
     wanted = encoder.model.state_dict()
-    missing = [key for key in wanted if key not in found]
-    misfit = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
-    if missing or misfit:
-        problems = [f"{key} is missing" for key in missing]
-        problems += [f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}" for key in misfit]
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    for key in wanted:
+        if key in found and found[key].shape != wanted[key].shape:
+            problems.append(f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}")
+        elif key in found and found[key].is_floating_point() != wanted[key].is_floating_point():
+            problems.append(f"{key} holds {found[key].dtype}")
+        elif key in found and not found[key].isfinite().all():
+            problems.append(f"{key} is not finite")
+    if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         if "settings" in state:
             more += " (a run keeps only the stages that its pyramid needs)"
@@ -273,16 +280,17 @@ def _fill(encoder: Encoder, path: Path) -> None:
     encoder.model.load_state_dict({key: found[key].to(wanted[key].dtype) for key in wanted})
 
 
-def _library_names(encoder: Encoder, state: dict) -> dict[str, torch.Tensor]:
+def _library_names(encoder: Encoder, state: dict, path: Path) -> dict[str, torch.Tensor]:
     """Bring a checkpoint's tensors to the names of the library that the encoder is built with.
 
-    Raises ValueError for a file that would compute something else under these names.
+    Raises UserError for a file that would compute something else under these names.
     """
     prefix = "image_encoder.trunk."  # SAM 2.1
     if "settings" in state:  # a run's checkpoint.pt: the encoder as fine-tuned there
-        roles = {state["settings"][role]: role for role in ("master", "auxiliary")}
+        used = ("master",) if state["settings"]["fusion"] == "none" else ("master", "auxiliary")
+        roles = {state["settings"][role]: role for role in used}
         if encoder.name not in roles:
-            raise ValueError(f"a run's checkpoint, of {' and '.join(roles)}")
+            raise UserError(f"{path} does not hold {encoder.name}: it is a run's, of {' and '.join(roles)}")
         prefix = f"pyramid.{roles[encoder.name]}.model."
     state = state.get("model", state)
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -293,12 +301,17 @@ def _library_names(encoder: Encoder, state: dict) -> dict[str, torch.Tensor]:
         return state
     biased = any(value.any() for key, value in state.items() if key.endswith("qkv.bias"))
     if biased and not any(key.endswith("qkv.bias") for key in encoder.model.state_dict()):
-        raise ValueError("its qkv biases are not zero, as the LVD-1689M weights' are")
+        raise UserError(
+            f"{path} does not fit {encoder.name}: its qkv biases are not zero, as the LVD-1689M weights' are"
+        )
     given = {value.untyped_storage().data_ptr() for value in state.values()}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints each zero bias that it skips
-        found = convert(state, encoder.model)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints each zero bias that it skips
+            found = convert(dict(state), encoder.model)
+    except Exception:  # it trips over tensors of other shapes, which are named better as they are
+        return state
     for key, value in found.items():  # it would resample these to fit
         resizable = key.endswith(("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table"))
         if resizable and value.untyped_storage().data_ptr() not in given:
-            raise ValueError(f"its {key} is of another size")
+            raise UserError(f"{path} does not hold the weights of {encoder.name}: {key} is of another size")
     return found

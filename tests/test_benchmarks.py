@@ -1,12 +1,17 @@
-"""The Cityscapes reader, on scenes whose labels are known, and pictures on their way into the encoders."""
+"""The readers, on scenes whose labels are known, and pictures on their way into the encoders."""
 
+import json
+import pickle
+
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 
 from common import benchmarks, toycity
-from common.benchmarks import BENCHMARKS, CITYSCAPES, TOYCITY, Cityscapes, open_split, resize_image
+from common.benchmarks import BENCHMARKS, CITYSCAPES, TOYCITY, open_split, resize_image
 from common.run import UserError
 
 
@@ -46,7 +51,7 @@ def test_a_scene_is_read_back_pixel_for_pixel(data):
 
 
 def read(street, task, categories=CITYSCAPES):
-    sample = Cityscapes(street[0], "val", categories, task, with_truth=True)[0]
+    sample = benchmarks.cityscapes(street[0], "val", categories, task, measures=("mIoU", "AP", "PQ"))[0]
     names = [categories[label][1] for label in sample["labels"]]
     return sample, [
         (n, c, (sample["segments"] == i + 1).sum().item())
@@ -69,6 +74,7 @@ def test_panoptic_segments(street):
     ]
     ids, truth = sample["truth"]["panoptic"]
     assert torch.equal(ids, sample["segments"])
+    np.testing.assert_array_equal(sample["truth"]["instance"][0], street[2])
     assert [s["category_id"] for s in truth if s["iscrowd"]] == [26, 33]
 
 
@@ -93,19 +99,181 @@ def test_what_does_not_fit_is_named(street, tmp_path):
     label = folder / "gtFine/val/x/x_0_gtFine_instanceIds.png"
     Image.fromarray(np.zeros((5, 5), np.uint16)).save(label)
     with pytest.raises(UserError, match="instanceIds.png is .5, 5., its picture .4, 6."):
-        Cityscapes(folder, "val", CITYSCAPES, "panoptic")[0]
+        benchmarks.cityscapes(folder, "val", CITYSCAPES, "panoptic")[0]
     label.unlink()
-    with pytest.raises(UserError, match="has no labels: expected .*instanceIds.png"):
-        Cityscapes(folder, "val", CITYSCAPES, "panoptic")
+    with pytest.raises(UserError, match="leftImg8bit.png needs .*instanceIds.png, which is not there"):
+        benchmarks.cityscapes(folder, "val", CITYSCAPES, "panoptic")
     with pytest.raises(UserError, match="no pictures: expected"):
-        Cityscapes(folder, "train", CITYSCAPES, "panoptic")
+        benchmarks.cityscapes(folder, "train", CITYSCAPES, "panoptic")
 
 
-def test_all_benchmarks_of_the_paper_are_listed_and_the_missing_are_missing(tmp_path, data):
+# ---------------------------------------------------------------------------------------------- every data set
+
+
+def test_all_benchmarks_of_the_paper_are_listed(data):
     assert len(BENCHMARKS) == 10
     assert [name for name, b in BENCHMARKS.items() if benchmarks.on_disk(b, data)] == ["toycity"]
-    with pytest.raises(UserError, match="no reader yet"):
-        open_split("coco_panoptic", tmp_path, "train")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Every data set, small, both splits; and what is in them."""
+    root, found = tmp_path_factory.mktemp("shelf"), {}
+    for name, benchmark in BENCHMARKS.items():
+        for where in (benchmark.trains_on, benchmark.evaluates_on):
+            folder, split = where.split()
+            if name != "toycity" and where not in found:
+                found[where] = datasets.FOLDERS[folder](root / folder, split)
+    return root, found
+
+
+def found_in(sample, samples):
+    """{(class name, mask as bytes)} of a sample's things."""
+    if "rles" in sample:
+        masks = [rle.decode(code).astype(bool) for code in sample["rles"]]
+    else:
+        masks = [sample["segments"].numpy() == i + 1 for i in range(len(sample["labels"]))]
+    classes = [samples.categories[label] for label in sample["labels"]]
+    return {(name, mask.tobytes()) for (_, name, thing), mask in zip(classes, masks, strict=True) if thing}
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in ("toycity", "ade20k_semantic")])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_every_data_set_is_read_back_pixel_for_pixel(shelf, name, part):
+    data, found = shelf
+    benchmark = BENCHMARKS[name]
+    expected = found[benchmark.trains_on if part == "train" else benchmark.evaluates_on]
+    samples = open_split(name, data, part)
+    assert samples.names == sorted(expected) and len(samples) == len(expected)
+    pickle.loads(pickle.dumps(samples))  # for workers that are spawned
+    for index, sample_name in enumerate(samples.names):
+        sample = samples[index]
+        image, things = expected[sample_name]
+        assert sample["name"] == sample_name and ("truth" in sample) == (part == "val")
+        np.testing.assert_array_equal(sample["image"].permute(1, 2, 0), image)
+        assert len(sample["labels"]) == len(sample["crowd"]) and sample["labels"].dtype == torch.int64
+        if name == "cityscapes_semantic":
+            continue
+        if name == "coco_panoptic":  # here all masks are the scene's own, in the other form some are boxes
+            assert {n for n, _ in found_in(sample, samples)} == {n for n, _ in things}
+        else:
+            assert found_in(sample, samples) == things
+        if name.startswith("coco"):
+            assert sample["crowd"].sum() == (index == 0)
+        else:
+            assert not sample["crowd"].any()
+    assert any(things for _, things in expected.values()) or name == "cityscapes_semantic"
+
+
+def test_coco_keeps_its_ids_and_its_truth(shelf):
+    instance, panoptic = open_split("coco_instance", shelf[0], "val"), open_split("coco_panoptic", shelf[0], "val")
+    assert [s["image_id"] for s in instance] == [s["image_id"] for s in panoptic] == [1000, 1037]
+    assert instance[1]["rles"] == [] and len(panoptic[1]["labels"]) == 0 and instance[1]["truth"] == {"instance": ()}
+    assert instance[1]["image"].shape[0] == 3  # a grey photograph
+    assert [c[0] for c in instance.categories] == [24, 25, 26, 27, 28, 31, 32, 33]  # ids with gaps
+    file = json.loads((shelf[0] / "coco/annotations/panoptic_val2017.json").read_text())
+    sample = panoptic[0]
+    ids, segments = sample["truth"]["panoptic"]
+    areas = {(s["category_id"], s["area"], s["iscrowd"]) for s in file["annotations"][0]["segments_info"]}
+    merged = {(s["category_id"], int((ids == s["id"]).sum()), s["iscrowd"]) for s in segments}
+    assert areas == merged and any(crowd for *_, crowd in areas)
+
+
+def test_ade20k_reads_its_classes_from_its_own_table(shelf):
+    samples = open_split("ade20k_semantic", shelf[0], "val")
+    assert [name for _, name, _ in samples.categories] == [name.split(",")[0] for name in datasets.ADE20K]
+    assert [thing for *_, thing in samples.categories] == [False] * 4 + [True] + [False] * 2
+    for sample in samples:
+        (target,) = sample["truth"]["semantic"]
+        _, labels = shelf[1]["ADEChallengeData2016 validation"][sample["name"]]
+        np.testing.assert_array_equal(target, np.where(labels == 0, 255, labels - 1))
+
+
+def test_kitti360_comes_with_its_weights(shelf):
+    sample = open_split("kitti360_instance", shelf[0], "val")[0]
+    ids, weights = sample["truth"]["instance"]
+    assert weights[:, 0].eq(1).all() and weights[0, -1] == pytest.approx(100 / 65535) and ids.dtype == torch.int64
+    assert (ids == 26000).any() and (ids == 34001).any()
+    assert "truth" not in open_split("kitti360_instance", shelf[0], "train")[0]
+
+
+def test_things_without_an_instance_are_a_crowd(tmp_path):
+    for write, read, folder in (
+        (datasets.synscapes, benchmarks.synscapes, "img/instance"),
+        (datasets.synthia, benchmarks.synthia, "GT/LABELS"),
+    ):
+        write(tmp_path)
+        for file in (tmp_path / folder).iterdir():
+            if folder == "GT/LABELS":
+                channels = benchmarks.torchvision.io.decode_image(str(file), "UNCHANGED").numpy().transpose(1, 2, 0)
+                datasets.png16(file, channels * np.array([1, 0, 0]))
+            else:
+                Image.new("RGB", (256, 128)).save(file)
+        sample = read(tmp_path, "train", benchmarks.CITYSCAPES_THINGS, "instance")[0]
+        assert len(sample["labels"]) >= 1 and sample["crowd"].all(), folder
+
+
+def test_the_real_layouts_traps_are_named(shelf, tmp_path):
+    """Each mistake in one line, with the file and what was expected; all but the last before any sample is read."""
+
+    def broken(folder, split, change):
+        root = tmp_path / f"case{len(list(tmp_path.iterdir()))}" / folder
+        datasets.FOLDERS[folder](root, split, 2)
+        change(root)
+        return root.parent
+
+    def edit(file, old, new):
+        return lambda root: (root / file).write_text((root / file).read_text().replace(old, new, 1))
+
+    panoptic, instances = "annotations/panoptic_val2017.json", "annotations/instances_val2017.json"
+    frames = "data_2d_semantics/train/2013_05_28_drive_val_frames.txt"
+    at_once = [
+        ("coco_instance", "coco", lambda root: (root / instances).write_text((root / instances).read_text()[:-40]),
+         "instances_val2017.json is not whole JSON"),
+        ("coco_panoptic", "coco", edit(panoptic, "000000001000.jpg", "../../secret.jpg"), "lies outside"),
+        ("coco_instance", "coco", edit(instances, "000000001000.jpg", "/etc/passwd"), "lies outside"),
+        ("coco_instance", "coco", lambda root: (root / "val2017/000000001037.jpg").unlink(), "1037.jpg, which is not"),
+        ("coco_instance", "coco", lambda root: (root / instances).unlink(), "needs .*instances_val2017.json"),
+        ("coco_panoptic", "coco", lambda root: (root / panoptic).write_text("[]"), "not in COCO's panoptic form"),
+        ("kitti360_instance", "KITTI-360", edit(frames, "data_2d_raw", "../data_2d_raw"), "lies outside"),
+        ("kitti360_instance", "KITTI-360", lambda root: next(root.rglob("confidence/*.png")).unlink(), "confidence"),
+        ("kitti360_instance", "KITTI-360", lambda root: (root / frames).unlink(), "needs .*val_frames.txt"),
+        ("ade20k_semantic", "ADEChallengeData2016", edit("objectInfo150.txt", "1\t0.1\t", "1;0.1;"), "tabs"),
+        ("ade20k_semantic", "ADEChallengeData2016", lambda root: next(root.rglob("annotations/*/*.png")).unlink(),
+         "needs .*ADE_val.*png, which is not there"),
+    ]  # fmt: skip
+    for name, folder, change, message in at_once:
+        split = BENCHMARKS[name].evaluates_on.split()[1]
+        with pytest.raises(UserError, match=message) as error:
+            open_split(name, broken(folder, split, change), "val")
+        assert "\n" not in str(error.value)
+
+    def repaint(pattern, change):
+        def edit(root):
+            file = sorted(root.rglob(pattern))[0]
+            datasets.save(file, change(np.array(Image.open(file))))
+
+        return edit
+
+    later = [
+        ("coco_panoptic", "val", repaint("panoptic_val2017/*.png", lambda a: a + np.uint8(1)), "segment [0-9]+, which"),
+        ("coco_instance", "val", repaint("val2017/*.jpg", lambda a: a[:-8]), "its annotations are for"),
+        ("coco_panoptic", "val", repaint("panoptic_val2017/*.png", lambda a: a[:-8]), "is .120, 256., its picture"),
+        ("cityscapes_instance", "val", repaint("*instanceIds.png", lambda a: a + np.uint16(40000)), "the label [0-9]+"),
+        ("ade20k_semantic", "val", repaint("annotations/*/*.png", lambda a: a + np.uint8(99)), "the label [0-9]+"),
+        ("kitti360_instance", "val", repaint("instance/*.png", lambda a: a * 0 + np.uint16(60000)), "the label 60"),
+        ("synscapes_to_cityscapes_instance", "train", repaint("class/*.png", lambda a: a + np.uint8(60)), "the label"),
+        ("urbansyn_to_cityscapes_instance", "train",
+         lambda root: sorted(root.rglob("*.json"))[0].write_text('[{"color": [1, 2, 3]}]'), "objects with .color"),
+        ("synthia_to_cityscapes_instance", "train", repaint("LABELS/*.png", lambda a: a), "no colour PNG of 16 bits"),
+        ("synscapes_to_cityscapes_instance", "train", repaint("img/rgb/*.png", lambda a: a[:-8]), "is .128, 256., its"),
+    ]  # fmt: skip
+    for name, part, change, message in later:
+        folder, split = (BENCHMARKS[name].trains_on if part == "train" else BENCHMARKS[name].evaluates_on).split()
+        samples = open_split(name, broken(folder, split, change), part)
+        with pytest.raises(UserError, match=message) as error:
+            samples[0]
+        assert "\n" not in str(error.value) and "." in str(error.value)
 
 
 def test_pictures_are_scaled_to_multiples_of_32():
