@@ -516,12 +516,13 @@ def drawing(model: FusedModel, settings: dict, task: str, sample: dict, device: 
         prediction = ids.cpu(), [segment["label"] for segment in segments]
     else:
         found, labels, confidence = (part.cpu() for part in instances(classes, masks, things))
-        order = [i for i in confidence.argsort() if confidence[i] > 0.5]  # the surest on top
-        prediction = painted([found[i] for i in order], {"image": image, "labels": labels[order]})
+        order = confidence.argsort()  # the surest on top
+        order = order[confidence[order] > 0.5]
+        prediction = painted(found[order], {"image": image, "labels": labels[order]})
     return image, [*drawings, ("prediction", *prediction)]
 
 
-def painted(masks: list[torch.Tensor], sample: dict) -> tuple[torch.Tensor, list[int]]:
+def painted(masks: list[torch.Tensor] | torch.Tensor, sample: dict) -> tuple[torch.Tensor, list[int]]:
     """Masks that may overlap, one over the other, as segment ids int [H, W] and the labels of the segments."""
     ids = torch.zeros(sample["image"].shape[1:], dtype=torch.int32)
     for i, mask in enumerate(masks):
@@ -650,7 +651,7 @@ def open_fitting(name: str, data: Path, settings: dict):
     """A benchmark's validation split; UserError if the trained model has other classes, or was taught another task."""
     own, asked = find_benchmark(settings["benchmark"]), find_benchmark(name)
     if own.task != asked.task:
-        raise UserError(f"{name} is a {asked.task} benchmark, the model was trained on a {own.task} one")
+        raise UserError(f"{name} is a benchmark of {asked.task} segmentation, the model was trained for {own.task}")
     samples = open_split(name, data, "val")
     classes = [category for _, category, _ in samples.categories]
     if classes != settings["classes"]:

@@ -163,7 +163,9 @@ def draw_predictions(path: Path, rows: list, classes: list[str]) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     patches = [matplotlib.patches.Patch(color=palette[label + 1], label=classes[label]) for label in sorted(seen)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False)
+    longest = max((len(classes[label]) for label in seen), default=0)
+    across = max(1, int(4 * columns / (0.62 + 0.07 * longest)))  # inches: a patch with its gaps, and a letter
+    figure.legend(handles=patches, loc="outside lower center", ncols=across, frameon=False)
     _save(figure, path)
 
 

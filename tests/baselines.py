@@ -50,7 +50,7 @@ def per_pixel(train, val, seed: int = 0) -> dict:
 
     categories = [{"id": raw, "name": name, "isthing": thing} for raw, name, thing in val.categories]
     scores = {"semantic": stage5.SemanticScore(names), "panoptic": stage5.PanopticScore(categories)}
-    scores["instance"] = stage5.CocoInstanceScore(stage5.coco_annotations(val, categories))
+    scores["instance"] = stage5.CityscapesInstanceScore({c["name"]: c["id"] for c in categories if c["isthing"]})
     for sample in val:
         height, width = sample["image"].shape[1:]
         probability = classifier.predict_proba(colours_and_positions(sample["image"]))  # [pixels, classes]
@@ -72,7 +72,7 @@ def per_pixel(train, val, seed: int = 0) -> dict:
                     sure.append(probability.max(2)[mask].mean())
         scores["panoptic"].update(torch.from_numpy(ids), segments, *sample["truth"]["panoptic"])
         masks = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
-        scores["instance"].update(sample["image_id"], masks, torch.tensor(labels), torch.tensor(sure))
+        scores["instance"].update(masks, torch.tensor(labels), torch.tensor(sure), *sample["truth"]["instance"])
     return {task: scores[task].result() for task in ("semantic", "instance", "panoptic")}
 
 
@@ -90,12 +90,9 @@ def main():
     data = Path(json.loads((args.run / "run.json").read_text())["data"])
     train, val = open_split("toycity", data, "train"), open_split("toycity", data, "val")
     _, settings = stage5.load_trained(args.run)
-    rows = {
-        "untrained": untrained(settings, val),
-        "colour and position": per_pixel(train, val),
-        "trained": json.loads((args.run / "results.json").read_text()),
-    }
+    rows = {"untrained": untrained(settings, val), "colour and position": per_pixel(train, val)}
     numbers = {name: stage5.headline(results, val.categories) for name, results in rows.items()}
+    numbers["trained"] = json.loads((args.run / "results.json").read_text())["benchmarks"]["toycity"]["scores"]
     table = [["", *numbers["trained"]], *([name, *(f"{v:.1f}" for v in row.values())] for name, row in numbers.items())]
     print(stage5.markdown(table))
 

@@ -25,7 +25,7 @@ def test_a_short_training_beats_both_baselines_on_every_score(stage, data, tmp_p
     }
     numbers = {name: stage5.headline(result, val.categories) for name, result in results.items()}
     print(numbers)
-    assert list(numbers["trained"]) == ["mIoU", "mIoU_th", "AP", "AP50", "PQ", "PQ_th", "PQ_st"]
+    assert list(numbers["trained"]) == ["mIoU", "mIoU_th", "boundary_mIoU", "AP", "AP50", "PQ", "PQ_th", "PQ_st"]
     for baseline in ("untrained", "per pixel"):
         for score, value in numbers["trained"].items():
             assert value > numbers[baseline][score] + 2, (baseline, score, numbers)

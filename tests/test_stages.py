@@ -67,7 +67,9 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
         assert (folder / file).stat().st_size > 100, file
     for file in ("features.png", "metrics.png", "loss.png", "predictions.png"):
         assert Image.open(folder / file).size[0] > 500, file
-    assert json.loads((folder / "results.json").read_text())["images"] == 2
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["benchmarks"]) == ["toycity"] and results["benchmarks"]["toycity"]["images"] == 2
+    assert results["benchmarks"]["toycity"]["scores"]["PQ"] == results["benchmarks"]["toycity"]["panoptic"]["PQ"]
     assert not list(folder.rglob("*.tmp"))
 
     # The same command again finds nothing to do, or says the same.
@@ -87,6 +89,10 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
     for flags in (("--stride", 16), ("--fusion", "add"), ("--out", folder / ".", "--aux-mode", "ft")):
         with pytest.raises(UserError, match="folder of its own with --out"):
             stage("04_train", "--run", folder, *flags)
+
+    # Both in one table
+    said = stage("05_eval", "--compare", folder, alone, tmp_path)
+    assert "left out" in said and re.search(rf"{folder} +\| toycity +\| tiny_hiera \| tiny_vit", said)
 
     # And the trained model looks at other pictures.
     (tmp_path / "other").mkdir()
