@@ -252,8 +252,11 @@ def weights_origin(name: str, weights: str) -> str:
         return "random"
     file, hub = weights_file(name, weights), find_encoder(name).hub
     place = file if weights != "pretrained" else "/".join(hub) if hub else f"common/{file.name}"
+    digest = hashlib.sha256()
     with file.open("rb") as opened:
-        return f"{place} sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return f"{place} sha256:{digest.hexdigest()}"
 
 
 def _fill(encoder: Encoder, path: Path) -> None:
