@@ -14,6 +14,7 @@ Writes run.json, features/<encoder>/<picture>.safetensors and features.png to th
 import shlex
 import shutil
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -157,11 +158,21 @@ def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int
     loader = DataLoader(
         pictures, batch_size=None, num_workers=workers, worker_init_fn=run.leave_interrupts_to_the_parent
     )
-    for name, image in tqdm(loader, encoder.name, unit="picture"):
-        native = encoder(image[None].to(device))  # {stride: [1, C, h, w]}
-        maps = {str(s): feature[0].half().cpu().contiguous() for s, feature in native.items()}
-        with run.whole_file(run.feature_path(folder, encoder.name, name)) as temporary:
-            save_file(maps, temporary)
+    writing = deque()
+    with ThreadPoolExecutor(1) as writer:  # the encoder goes on while files are written, a few pictures ahead at most
+        for name, image in tqdm(loader, encoder.name, unit="picture"):
+            native = encoder(image[None].to(device))  # {stride: [1, C, h, w]}
+            maps = {str(s): feature[0].half().cpu().contiguous() for s, feature in native.items()}
+            writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps))
+            if len(writing) > 4:
+                writing.popleft().result()
+        for written in writing:
+            written.result()
+
+
+def write(path: Path, maps: dict[str, torch.Tensor]) -> None:
+    with run.whole_file(path) as temporary:
+        save_file(maps, temporary)
 
 
 def main():

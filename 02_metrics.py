@@ -7,9 +7,10 @@ something only where it clears them.
 
     python 02_metrics.py                     # the embedded benchmark, runs/toycity
     python 02_metrics.py --run runs/mine     # any run folder that 01_extract.py has filled
+    python 02_metrics.py --ground-truth      # does SC agree with the true segments? Needs a benchmark's labels
 
 Reads run.json and features/. Writes metrics.csv (a row per image, source and stride), metrics.json (means with 95 %
-bootstrap intervals over the images) and metrics.png (the profiles).
+bootstrap intervals over the images), metrics.png (the profiles) and edges.png (where each encoder's edges lie).
 """
 
 import csv
@@ -21,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from tqdm import tqdm
 
 from common import run
-from common.benchmarks import read_image, resize_image
+from common.benchmarks import open_split, read_image, resize_image, working_size
 from common.encoders import STRIDES, pyramid
-from common.figures import draw_profiles
+from common.figures import draw_edges, draw_profiles
 
 CONTROLS = ("noise", "image", "shifted")
 SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "EF_CC")
@@ -34,7 +36,8 @@ SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF
 # structural coherence
 CELLS = 16  # SFC: cells along each axis
 POSITIONS, DIMENSIONS = 4096, 32  # SCS: at most so many positions, of at most so many principal components
-CLUSTERS, RESTARTS = (6, 8, 10), 10
+CLUSTERS = (6, 8, 10)
+RESTARTS, TRIALS, COARSE, FINALISTS = 40, 4, 4, 4  # restarts race over a quarter of the positions, four go on over all
 LLOYD_STEPS, LLOYD_TOLERANCE = 100, 1e-4  # stop once the centres move by less than this share of the variance
 SILHOUETTE_POSITIONS = 2000
 
@@ -60,8 +63,9 @@ def structural_coherence(features, seed=0):
         SCS = (median_k silhouette + 1) / 2     over k-means clusterings with k = 6, 8, 10
         SC  = sqrt(SFC * SCS)
 
-    Degenerate maps score 0. Every map of a batch is sampled at the same random positions, drawn from `seed`: a map's
-    score does not depend on what else is in the batch.
+    None of them changes when the channels are permuted or all features scaled; SFC stays when the features are rotated,
+    SCS when each channel is scaled. Degenerate maps score 0. Every map of a batch is sampled at the same random
+    positions, drawn from `seed`: a map's score does not depend on what else is in the batch.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable = blank_degenerate(features)
@@ -109,6 +113,9 @@ def channels_standardised(features):
 def principal_components(points, dimensions):
     """Project points [B,n,C] on their first `dimensions` principal components: [B,n,dimensions]."""
     points = points - points.mean(1, keepdim=True)
+    if points.shape[1] < points.shape[2]:  # the smaller of the two products has the same components
+        squares, coordinates = torch.linalg.eigh(points @ points.mT)  # [B,n], [B,n,n], by rising variance
+        return coordinates[:, :, -dimensions:] * squares[:, None, -dimensions:].clamp_min(0).sqrt()
     _, directions = torch.linalg.eigh(points.mT @ points / points.shape[1])  # [B,C,C], columns by rising variance
     return points @ directions[:, :, -dimensions:]
 
@@ -123,8 +130,9 @@ def clustering_score(features, seed):
     points = channels_standardised(features)[:, chosen]
     points = principal_components(points, min(DIMENSIONS, channels, len(chosen)))  # [B,n,D]
     silhouettes = []
+    seeds = spread_seeds(points[:, : max(len(chosen) // COARSE, 512)], max(CLUSTERS), generator)  # [B,RESTARTS,k,D]
     for k in CLUSTERS:
-        labels = kmeans(points, k, generator)  # [B,n]
+        labels = kmeans(points, seeds[:, :, :k])  # [B,n]
         # Evenly spaced picks from positions sorted by cluster, in random order within one, are a stratified sample.
         order = labels.argsort(dim=1, stable=True)
         picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
@@ -134,48 +142,70 @@ def clustering_score(features, seed):
     return (torch.stack(silhouettes).median(0).values + 1) / 2
 
 
-def kmeans(points, k, generator):
-    """Cluster points [B,n,D]: k-means++, Lloyd's steps, the best restart by inertia. Returns labels int64 [B,n].
+def distances(centres, points):
+    """Squared, of centres [B,*,D] to points [B,n,D], less the point's own square, which is the same for all centres."""
+    return torch.baddbmm(centres.square().sum(2, keepdim=True), centres, points.mT, alpha=-2)  # [B,*,n]
 
-    All restarts run at once; one that has converged keeps its centres while the others go on.
+
+def spread_seeds(points, k, generator):
+    """Greedy k-means++ on points [B,n,D]: RESTARTS times k of them, far from each other: [B,RESTARTS,k,D].
+
+    Each further seed is the best of TRIALS points drawn in proportion to their squared distance to the nearest seed.
+    The first six of ten seeds are six seeds: one drawing serves every number of clusters.
     """
     batch, n, dimensions = points.shape
-    draws = torch.rand(RESTARTS, k, generator=generator).to(points.device)
-    transposed = points.mT.contiguous()  # [B,D,n]
-
-    def distances(centres):  # [B,*,D] -> squared, less the point's own square (the same for all centres): [B,*,n]
-        return torch.baddbmm(centres.square().sum(2, keepdim=True), centres, transposed, alpha=-2)
-
-    # k-means++: each further centre is a point, drawn in proportion to its squared distance to the nearest centre
+    draws = torch.rand(k, RESTARTS, TRIALS, generator=generator).to(points.device)
     squares = points.square().sum(2)[:, None]  # [B,1,n]
-    centres = [points[:, (draws[:, 0] * n).long()]]  # [B,RESTARTS,D] each
-    nearest = (distances(centres[0]) + squares).clamp_min(0)  # [B,RESTARTS,n]
-    for column in range(1, k):
+    seeds = [points[:, (draws[0, :, 0] * n).long()]]  # [B,RESTARTS,D] each
+    nearest = (distances(seeds[0], points) + squares).clamp_min(0)  # [B,RESTARTS,n]
+    for draw in draws[1:]:
         cumulative = nearest.cumsum(2)
-        point = torch.searchsorted(cumulative, draws[:, column, None] * cumulative[:, :, -1:], right=True)
-        centres.append(points.gather(1, point.clamp_max(n - 1).expand(-1, -1, dimensions)))
-        nearest = torch.minimum(nearest, (distances(centres[-1]) + squares).clamp_min(0))
-    centres = torch.stack(centres, dim=2)  # [B,RESTARTS,k,D]
+        drawn = torch.searchsorted(cumulative, draw * cumulative[:, :, -1:], right=True).clamp_max(n - 1)
+        tried = points.gather(1, drawn.flatten(1)[..., None].expand(-1, -1, dimensions))  # [B,RESTARTS*TRIALS,D]
+        closer = (distances(tried, points) + squares).clamp_min(0).unflatten(1, (RESTARTS, TRIALS))
+        closer = torch.minimum(closer, nearest[:, :, None])  # [B,RESTARTS,TRIALS,n]
+        best = closer.sum(3).argmin(2, keepdim=True)  # [B,RESTARTS,1]
+        nearest = closer.gather(2, best[..., None].expand(-1, -1, -1, n))[:, :, 0]
+        tried = tried.unflatten(1, (RESTARTS, TRIALS))
+        seeds.append(tried.gather(2, best[..., None].expand(-1, -1, -1, dimensions))[:, :, 0])
+    return torch.stack(seeds, dim=2)
 
+
+def kmeans(points, seeds):
+    """Cluster points [B,n,D], in random order, from seeds [B,RESTARTS,k,D]: labels int64 [B,n] of the best restart.
+
+    Most of the work of restarts goes into those that lose, so they race over a part of the points, and only the
+    FINALISTS with the least inertia go on over all of them.
+    """
+    batch, n, _ = points.shape
+    centres = lloyd(points[:, : max(n // COARSE, 512)], seeds)
+    inertia = distances(centres.flatten(1, 2), points).unflatten(1, centres.shape[1:3]).amin(2).sum(2)
+    best = inertia.topk(FINALISTS, largest=False).indices  # [B,FINALISTS]
+    centres = lloyd(points, centres.gather(1, best[:, :, None, None].expand(-1, -1, *centres.shape[2:])))
+    distance = distances(centres.flatten(1, 2), points).unflatten(1, centres.shape[1:3])  # [B,FINALISTS,k,n]
+    best = distance.amin(2).sum(2).argmin(1)  # [B]
+    return distance[torch.arange(batch, device=points.device), best].argmin(1)
+
+
+def lloyd(points, centres):
+    """Lloyd's steps from centres [B,R,k,D] until they rest; one that rests waits while the others go on."""
+    centres = centres.clone()
     threshold = LLOYD_TOLERANCE * points.var(1, correction=0).mean(1)[:, None]  # [B,1]
-    moving = torch.ones(batch, RESTARTS, dtype=torch.bool, device=points.device)
+    moving = torch.ones(centres.shape[:2], dtype=torch.bool, device=points.device)
     for _ in range(LLOYD_STEPS):
         active = moving.any(0).nonzero()[:, 0]  # the restarts that still move on some map, A of them
         if len(active) == 0:
             break
         before = centres[:, active]  # [B,A,k,D]
-        distance = distances(before.flatten(1, 2)).unflatten(1, (-1, k))  # [B,A,k,n]
+        distance = distances(before.flatten(1, 2), points).unflatten(1, before.shape[1:3])  # [B,A,k,n]
         # Two centres on the same spot share their points and stay together: no need for argmin, which is far slower.
         member = (distance == distance.amin(2, keepdim=True)).float()
         size = member.sum(3, keepdim=True)  # [B,A,k,1]
-        after = (member.flatten(1, 2) @ points).unflatten(1, (-1, k)) / size.clamp_min(1)
+        after = (member.flatten(1, 2) @ points).unflatten(1, before.shape[1:3]) / size.clamp_min(1)
         after = torch.where((size > 0) & moving[:, active, None, None], after, before)  # empty ones keep their centre
         centres[:, active] = after
         moving[:, active] &= (after - before).square().sum((2, 3)) > threshold
-
-    distance = distances(centres.flatten(1, 2)).unflatten(1, (RESTARTS, k))
-    best = distance.amin(2).sum(2).argmin(1)  # [B]
-    return distance[torch.arange(batch, device=points.device), best].argmin(1)
+    return centres
 
 
 def silhouette(points, labels, k):
@@ -211,7 +241,8 @@ def edge_fidelity(features, images):
         EF_CC       = 100 (EC - a) / (1 - a) * FC_PCA * SP    corrected for chance, ours: a is the core's share of the
                       area, what EC is when edges fall anywhere; below 0 where they shun the picture's edges
 
-    Degenerate maps, and maps under 3 pixels high or wide, score 0.
+    None of them changes when the channels are permuted or all features scaled. FC and SP stay when the features are
+    rotated, the others when each channel is scaled. Degenerate maps, and maps under 3 pixels high or wide, score 0.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable = blank_degenerate(features)
@@ -222,8 +253,8 @@ def edge_fidelity(features, images):
         component = principal_components(channels_standardised(features), 1).reshape(batch, height, width)
         component = standardise(component)  # shares of its gradient are the same on any scale
 
-        core, near = edge_zones(images.float(), (height, width))  # bool [B,H-2,W-2]
-        strength, where = strongest(gradient(component))  # [B,n]
+        _, core, near = edge_zones(images.float(), (height, width))  # bool [B,H-2,W-2]
+        strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
         strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
         ec, nc, far = ((strength * z.flatten(1).gather(1, where)).sum(1) for z in (core, near, ~(core | near)))
         chance = core.float().mean((1, 2))
@@ -240,7 +271,8 @@ def edge_fidelity(features, images):
 
 
 def gradient(maps):
-    """Sobel magnitude (kernel / 4) of [B,H,W] on the valid area, all but a border of one pixel: [B,H-2,W-2]."""
+    """Sobel magnitude (kernel / 4, replicate padding) of [B,H,W]: [B,H,W]. Its valid area is all but the border."""
+    maps = F.pad(maps[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     down = (maps[:, :-2] + 2 * maps[:, 1:-1] + maps[:, 2:]) / 4
     across = (maps[:, :, :-2] + 2 * maps[:, :, 1:-1] + maps[:, :, 2:]) / 4
     return torch.hypot(down[:, :, 2:] - down[:, :, :-2], across[:, 2:] - across[:, :-2])
@@ -254,21 +286,23 @@ def strongest(strength):
 def edge_zones(images, size):
     """Find where the edges of images [B,3,H0,W0] lie on a map of `size` (H,W).
 
-    Returns (core, near), bool [B,H-2,W-2]: valid pixels within R_IN of an edge's centreline, and those further out but
-    within R_OUT, both by Chebyshev distance. The rest is far.
+    Returns (centreline, core, near), bool [B,H-2,W-2]: the ridge of the edges, the valid pixels within R_IN of it, and
+    those further out but within R_OUT, both by Chebyshev distance. The rest is far.
     """
     images = F.interpolate(images, size, mode="bilinear", align_corners=False)
     linear = torch.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055) ** 2.4)  # sRGB to light
     luminance = torch.einsum("bchw,c->bhw", linear, linear.new_tensor([0.2126, 0.7152, 0.0722]))  # BT.709
-    strength = gradient(luminance)
-    low, high = strength.amin((1, 2), keepdim=True), strength.amax((1, 2), keepdim=True)
-    strength = (strength - low) / (high - low).clamp_min(1e-12)
-    edges = torch.zeros_like(strength).flatten(1).scatter(1, strongest(strength)[1], 1).view_as(strength)
-    ridge = strength >= F.max_pool2d(strength, 3, stride=1, padding=1) - 1e-6
+    padded = gradient(luminance)  # [B,H,W], with the border
+    valid = padded[:, 1:-1, 1:-1]
+    low, high = valid.amin((1, 2), keepdim=True), valid.amax((1, 2), keepdim=True)
+    padded = (padded - low) / (high - low).clamp_min(1e-12)
+    valid = padded[:, 1:-1, 1:-1]
+    edges = torch.zeros_like(valid).flatten(1).scatter(1, strongest(valid)[1], 1).view_as(valid)
+    ridge = valid >= F.max_pool2d(padded, 3, stride=1) - 1e-6  # the border, no edge itself, may outshine its neighbours
     centreline = edges * ridge * (high - low >= 1e-6)  # a picture without contrast has no edges
     core = F.max_pool2d(centreline, 2 * R_IN + 1, stride=1, padding=R_IN) > 0
     reach = F.max_pool2d(centreline, 2 * R_OUT + 1, stride=1, padding=R_OUT) > 0
-    return core, reach & ~core
+    return centreline > 0, core, reach & ~core
 
 
 def high_frequency_share(maps):
@@ -312,6 +346,92 @@ def correlation(a, b):
     a, b = a - a.mean((1, 2), keepdim=True), b - b.mean((1, 2), keepdim=True)
     power = a.square().sum((1, 2)) * b.square().sum((1, 2))
     return (a * b).sum((1, 2)) / power.sqrt().clamp_min(1e-12)
+
+
+# ----------------------------------------------------------------------------------------------- ground truth
+
+
+@torch.no_grad()
+def coherence_with_truth(features, segments, seed=0):
+    """SC with true segments in place of cells and of clusters, void left out: the paper's SC_GT.
+
+    features [B,C,H,W]; segments int [B,H,W], 0 void. Returns {"SFC_GT", "SCS_GT", "SC_GT"}, float32 [B] in [0,1], NaN
+    where fewer than two segments or eight positions are left. Segments count by their area.
+    """
+    features, usable = blank_degenerate(features)
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for feature, segment in zip(features, segments, strict=True):
+        inside = segment.flatten() > 0
+        _, labels = segment.flatten()[inside].unique(return_inverse=True)  # [n]
+        n, k = len(labels), int(labels.max()) + 1 if len(labels) else 0
+        if n < 8 or k < 2:
+            rows.append(features.new_full((2,), torch.nan))
+            continue
+        channels = feature.flatten(1)[:, inside]  # [C,n]
+        norm = standardise(torch.linalg.vector_norm(channels, dim=0)[None, None])[0, 0]  # [n]
+        member = F.one_hot(labels, k).float()  # [n,k]
+        area = member.sum(0)
+        means = norm @ member / area
+        within = ((norm - means[labels]).square().sum() / n).clamp_min(1e-6)
+        between = (area / n * (means - norm.mean()).square()).sum()
+        order = torch.randperm(n, generator=generator).to(labels.device)
+        chosen = order[:POSITIONS]
+        points = channels_standardised(channels[None, :, None])[:, chosen]
+        points = principal_components(points, min(DIMENSIONS, len(channels), len(chosen)))
+        ranked = labels[chosen].argsort(stable=True)  # a sample stratified by segment, as in clustering_score
+        picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
+        picks = ranked[picks.to(ranked.device)]
+        spread = silhouette(points[:, picks], labels[chosen][picks][None], k)[0]
+        rows.append(torch.stack([between / (between + within), (spread + 1) / 2]))
+    sfc, scs = torch.stack(rows).T
+    scores = {"SFC_GT": sfc, "SCS_GT": scs, "SC_GT": (sfc * scs).sqrt()}
+    return {name: torch.where(usable | score.isnan(), score, 0) for name, score in scores.items()}
+
+
+def compare_with_truth(folder, settings, data, sc, seed, device):
+    """How SC ranks maps beside SC_GT: {"rho", "low", "high", "maps", "SC_GT": {encoder: {stride: mean}}}.
+
+    sc [image, encoder, stride]. rho is Spearman's over images, encoders and strides, the interval a bootstrap over the
+    images. Writes ground_truth.csv. Raises UserError for a run without labels.
+    """
+    if settings["benchmark"] is None:
+        raise run.UserError(f"{folder} holds pictures without labels: --ground-truth needs a run made with --benchmark")
+    samples = open_split(settings["benchmark"], data, "train")
+    place, truth = {name: i for i, name in enumerate(samples.names)}, []
+    for name in tqdm(settings["images"], "ground truth", unit="image"):
+        sample = samples[place[name]]
+        if "segments" not in sample:
+            raise run.UserError(f"{settings['benchmark']} has overlapping masks: --ground-truth wants one of segments")
+        size = working_size(*sample["image"].shape[1:], settings["size"])
+        for encoder in settings["encoders"]:
+            native = run.read_features(run.feature_path(folder, encoder, name))
+            native = {stride: feature[None].to(device).float() for stride, feature in native.items()}
+            for feature in pyramid(native, size).values():
+                segments = sample["segments"][None, None].float().to(device)
+                segments = F.interpolate(segments, feature.shape[2:], mode="nearest-exact")[:, 0].long()
+                truth.append(coherence_with_truth(feature, segments, seed)["SC_GT"].item())
+    truth = np.array(truth).reshape(sc.shape)
+    with run.whole_file(folder / "ground_truth.csv") as temporary, open(temporary, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "encoder", "stride", "SC", "SC_GT"])
+        for i, j, k in np.ndindex(sc.shape):
+            numbers = (f"{array[i, j, k]:.9g}" for array in (sc, truth))
+            table.writerow([settings["images"][i], settings["encoders"][j], STRIDES[k], *numbers])
+
+    def rho(chosen):
+        return stats.spearmanr(sc[chosen].ravel(), truth[chosen].ravel(), nan_policy="omit").statistic
+
+    draws = np.random.default_rng(seed).integers(len(sc), size=(RESAMPLES, len(sc)))
+    low, high = np.nanpercentile([rho(draw) for draw in draws], [2.5, 97.5])
+    means = {
+        encoder: {str(stride): float(np.nanmean(truth[:, j, k])) for k, stride in enumerate(STRIDES)}
+        for j, encoder in enumerate(settings["encoders"])
+    }
+    result = {"rho": rho(slice(None)), "low": low, "high": high}
+    return {key: float(value) for key, value in result.items()} | {
+        "maps": int(np.isfinite(truth).sum()),
+        "SC_GT": means,
+    }
 
 
 # ------------------------------------------------------------------------------------------- controls and summary
@@ -387,8 +507,34 @@ def score_image(folder, settings, name, seed, device):
     return np.array(values).reshape(-1, len(STRIDES), len(SCORES))
 
 
+def edges_of(folder, settings, name, peaks, device):
+    """A row of edges.png: the picture, and for each encoder at its stride its edges and the shares of their zones.
+
+    peaks: {encoder: stride}. Returns (image [3,H,W], [(title, centreline bool [h,w], edges int [h,w])]), edges 0 for
+    none, 1 core, 2 near and 3 far.
+    """
+    image = resize_image(read_image(Path(settings["root"]) / name), settings["size"])[None].to(device)
+    drawings = []
+    for encoder, stride in peaks.items():
+        native = run.read_features(run.feature_path(folder, encoder, name))
+        feature = pyramid({s: m[None].to(device).float() for s, m in native.items()}, image.shape[2:])[stride]
+        shares = edge_fidelity(feature, image)
+        size = feature.shape[2:]
+        centreline, core, near = (zone[0] for zone in edge_zones(image, size))  # bool [h-2,w-2]
+        component = principal_components(channels_standardised(feature), 1).reshape(1, *size)
+        _, where = strongest(gradient(component)[:, 1:-1, 1:-1])
+        edges = torch.where(core, 1, torch.where(near, 2, 3)).flatten()
+        kept = torch.zeros_like(edges).scatter(0, where[0], 1)
+        edges = (edges * kept).view_as(core)
+        parts = ", ".join(f"{part} {shares[part].item():.2f}" for part in ("EC", "NC", "FAR"))
+        drawings.append((f"{encoder}, OS {stride}\n{parts}", centreline.cpu(), edges.cpu()))
+    return image[0].cpu(), drawings
+
+
 def main():
     parser = run.arguments(__doc__)
+    parser.add_argument("--ground-truth", action="store_true", help="compare SC with the benchmark's own segments")
+    parser.add_argument("--data", type=Path, help="data root, for --ground-truth (default: as in stage 1)")
     parser.add_argument("--seed", type=int, help="seed of sampling, noise and bootstrap (default: the run's)")
     args = parser.parse_args()
     folder = args.run
@@ -422,10 +568,23 @@ def main():
         "random_weights": [name for name in encoders if settings["weights"][name] == "none"],
         "scores": summarise(values, sources, seed),
     }
+    if args.ground_truth:
+        sc, data = values[:, : len(encoders), :, SCORES.index("SC")], args.data or Path(settings["data"])
+        metrics["ground_truth"] = compare_with_truth(folder, settings, data, sc, seed, args.device)
     run.write_json(folder / "metrics.json", metrics)
     draw_profiles(folder / "metrics.png", metrics)
+    ef = values[:, : len(encoders), :, SCORES.index("EF")].mean(0)  # [encoder, stride]
+    peaks = {encoder: STRIDES[row.argmax()] for encoder, row in zip(encoders, ef, strict=True)}
+    shown = names[:: max(1, len(names) // 3)][:3]
+    draw_edges(folder / "edges.png", [edges_of(folder, settings, name, peaks, args.device) for name in shown])
     print_profiles(metrics)
-    print(f"\nwrote metrics.csv, metrics.json and metrics.png in {folder}")
+    if args.ground_truth:
+        found = metrics["ground_truth"]
+        interval = f"{found['low']:.3f} to {found['high']:.3f}"
+        print(
+            f"SC and SC_GT: Spearman's rho {found['rho']:.3f} ({interval}) over {found['maps']} maps (the paper: 0.726)"
+        )
+    print(f"\nwrote metrics.csv, metrics.json, metrics.png and edges.png in {folder}")
     print(f"next: {run.command('03_select.py', folder)}")
 
 

@@ -15,6 +15,7 @@ Reads run.json and checkpoint.pt. Writes results.json, results.md and prediction
 
 import contextlib
 import io
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from common import figures, run
 from common.benchmarks import (
     BENCHMARKS,
     CITYSCAPES_VOID,
+    KITTI360_THINGS,
+    CocoInstances,
     find_benchmark,
     list_pictures,
     on_disk,
@@ -58,7 +61,10 @@ def parse_arguments():
     instead.add_argument("--all", action="store_true", help="every benchmark on disk whose classes fit")
     instead.add_argument("--images", type=Path, metavar="FOLDER", help="draw predictions on a folder of pictures")
     instead.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="table the results of several runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.images or args.compare) and (args.limit or args.save_predictions):
+        parser.error("--limit and --save-predictions go with an evaluation, not with --images or --compare")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------- inference
@@ -426,7 +432,7 @@ def evaluate(
     scores = {}
     if "mIoU" in samples.measures:
         scores["semantic"] = SemanticScore(names)
-    by_coco = hasattr(samples, "annotation_file")
+    by_coco = isinstance(samples, CocoInstances)
     if "AP" in samples.measures:
         label_ids = {name: raw for raw, name, isthing in samples.categories if isthing}
         scores["instance"] = (
@@ -478,7 +484,7 @@ def evaluate(
     if submission and "instance" in scores and by_coco:
         run.write_json(submission / "instances.json", scores["instance"].as_results())
     results = {task: score.result() for task, score in scores.items()}
-    if "building" in results.get("instance", {}).get("per_class", {}):  # KITTI-360 counts them, hardly anyone else does
+    if samples.categories == KITTI360_THINGS:  # it counts buildings, hardly anyone else does
         others = [ap for name, ap in results["instance"]["per_class"].items() if name != "building"]
         results["instance"]["AP_without_building"] = _mean(np.array(others))
     return results
@@ -547,13 +553,14 @@ def headline(results: dict, categories: list) -> dict[str, float]:
     return numbers
 
 
-def benchmark_rows(headlines: dict[str, dict], data: Path) -> list[list[str]]:
-    """Every benchmark with the paper's number and ours, or why there is none."""
+def benchmark_rows(headlines: dict[str, dict], trained_on: str, data: Path) -> list[list[str]]:
+    """Every benchmark with the paper's number and ours, or why there is none; trained_on: data set and split."""
     rows = [["benchmark", "trains on", "evaluates on", "score", "paper", "here"]]
     for name, benchmark in BENCHMARKS.items():
         ours = "not evaluated" if on_disk(benchmark, data) else "not on disk"
         if name in headlines:
             ours = ", ".join(f"{headlines[name][measure]:.1f}" for measure in benchmark.measures)
+            ours += "" if benchmark.trains_on == trained_on else f" (but trained on {trained_on})"
         where = [name, benchmark.trains_on, benchmark.evaluates_on]
         rows.append([*where, ", ".join(benchmark.measures), benchmark.paper, ours])
     return rows
@@ -579,15 +586,21 @@ def markdown(rows: list[list[str]]) -> str:
 
 def compare(folders: list[Path]) -> str:
     """Tables of several runs' results; where the injected stride differs, its gain over no fusion beside the EF."""
-    runs = []  # (folder, selection, model, benchmark, scores)
+    runs = []  # (folder, selection, model, benchmark, what else must agree for a fair comparison, scores)
     for folder in folders:
-        if not (folder / "results.json").is_file():
-            print(f"left out: {folder} has no results.json; `{run.command('05_eval.py', folder)}` makes it")
-            continue
-        results = run.read_stage(folder, "results.json", "05_eval.py")
-        selection = run.read_stage(folder, "selection.json", "03_select.py")
-        for benchmark, entry in results["benchmarks"].items():
-            runs.append((folder, selection, results["model"], benchmark, entry["scores"]))
+        try:
+            results = run.read_stage(folder, "results.json", f"05_eval.py --run {folder}")
+            selection = run.read_stage(folder, "selection.json", "03_select.py")
+            for benchmark, entry in results["benchmarks"].items():
+                same = {
+                    k: v for k, v in results["model"].items() if k not in ("auxiliary", "stride", "fusion", "weights")
+                }
+                same = (benchmark, entry["images"], *same.items())
+                runs.append((folder, selection, results["model"], benchmark, same, entry["scores"]))
+        except UserError as error:
+            print(f"left out: {error}")
+        except (KeyError, TypeError):
+            print(f"left out: {folder}/results.json is of another version: run 05_eval.py again")
     if not runs:
         raise UserError("none of these folders holds results: run 05_eval.py on them first")
 
@@ -595,33 +608,37 @@ def compare(folders: list[Path]) -> str:
         return "-" if value is None else f"{value:{sign}.1f}"
 
     names = list(dict.fromkeys(name for *_, scores in runs for name in scores))
-    rows = [["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", *names]]
-    for folder, _, model, benchmark, scores in sorted(runs, key=lambda entry: (entry[3], entry[2]["stride"])):
+    rows = [["run", "trained for", "scored on", "master", "auxiliary", "OS", "fusion", "modes", "steps", *names]]
+    for folder, _, model, benchmark, _, scores in sorted(runs, key=lambda entry: (entry[3], entry[2]["stride"])):
         fused = model["fusion"] != "none"
         pair = [model["auxiliary"], str(model["stride"])] if fused else ["-", "-"]
-        what = [str(folder), benchmark, model["master"], *pair, model["fusion"], str(model["steps"])]
-        rows.append([*what, *(cell(scores.get(name)) for name in names)])
+        modes = f"{model['master_mode']}/{model['aux_mode']}" if fused else model["master_mode"]
+        what = [str(folder), model["benchmark"], benchmark, model["master"], *pair, model["fusion"], modes]
+        rows.append([*what, str(model["steps"]), *(cell(scores.get(name)) for name in names)])
     report = [markdown(rows)]
 
-    alone = {(b, m["master"], m["steps"]): scores for _, _, m, b, scores in runs if m["fusion"] == "none"}
+    alone = {same: scores for _, _, model, _, same, scores in runs if model["fusion"] == "none"}
     groups = defaultdict(list)  # runs that differ in the stride only
-    for _, selection, model, benchmark, scores in runs:
-        ef = selection["scores"].get(model["auxiliary"], {}).get(selection["score"].upper())
-        if model["fusion"] == "replace" and ef and (benchmark, model["master"], model["steps"]) in alone:
-            key = benchmark, model["master"], model["auxiliary"], model["steps"]
-            groups[key].append((model["stride"], ef[str(model["stride"])], scores))
-    for (benchmark, master, auxiliary, steps), entries in groups.items():
-        base = alone[benchmark, master, steps]
-        shared = [name for name in names if all(s.get(name) is not None for s in [base, *(e[2] for e in entries)])]
-        rows = [["OS", "EF", *(f"{name} gained" for name in shared)]]
-        for stride, ef, scores in sorted(entries, key=lambda entry: entry[0]):
+    for _, selection, model, _, same, scores in runs:
+        score = selection["score"].upper()
+        ef = selection["scores"].get(model["auxiliary"], {}).get(score)
+        if model["fusion"] == "replace" and ef and same in alone:
+            groups[same, model["auxiliary"], score].append((model["stride"], ef[str(model["stride"])], model, scores))
+    for (same, auxiliary, score), entries in groups.items():
+        if len(entries) < 2:
+            continue
+        base, model = alone[same], entries[0][2]
+        shared = [name for name in names if all(s.get(name) is not None for s in [base, *(e[3] for e in entries)])]
+        rows = [["OS", score, *(f"{name} gained" for name in shared)]]
+        for stride, ef, _, scores in sorted(entries, key=lambda entry: entry[0]):
             rows.append([str(stride), f"{ef:.2f}", *(cell(scores[name] - base[name], "+") for name in shared)])
+        title = f"{auxiliary} injected into {model['master']}, against {model['master']} alone; scored on {same[0]}\n"
         if len({entry[1] for entry in entries}) > 2:
             efs = [entry[1] for entry in entries]
-            rhos = [stats.spearmanr(efs, [entry[2][name] for entry in entries]).statistic for name in shared]
+            rhos = [stats.spearmanr(efs, [entry[3][name] for entry in entries]).statistic for name in shared]
             rows.append(["rho", "", *("-" if np.isnan(rho) else f"{rho:.2f}" for rho in rhos)])
-        title = f"{auxiliary} injected into {master}, against {master} alone; {benchmark}, {steps} steps"
-        report.append(f"{title}\nrho: Spearman's, of the gain with the EF (the paper: 0.80)\n\n{markdown(rows)}")
+            title += f"rho: Spearman's, of the gain with the {score} (the paper: 0.80)\n"
+        report.append(f"{title}\n{markdown(rows)}")
     return "\n".join(report)
 
 
@@ -639,11 +656,15 @@ def load_trained(folder: Path) -> tuple[FusedModel, dict]:
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}): run `{run.command('04_train.py', folder)}` again"
         ) from None
-    settings = checkpoint["settings"]
-    if checkpoint["step"] < settings["steps"]:
-        print(f"WARNING: {path} holds step {checkpoint['step']} of {settings['steps']}: training is not finished")
-    model = build_model(settings, weights={})
-    model.load_state_dict(checkpoint["model"])
+    try:
+        settings = checkpoint["settings"]
+        if checkpoint["step"] < settings["steps"]:
+            print(f"WARNING: {path} holds step {checkpoint['step']} of {settings['steps']}: training is not finished")
+        model = build_model(settings, weights={})
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint of this project's model ({type(error).__name__}: {reason})") from None
     return model, settings
 
 
@@ -652,12 +673,12 @@ def open_fitting(name: str, data: Path, settings: dict):
     own, asked = find_benchmark(settings["benchmark"]), find_benchmark(name)
     if own.task != asked.task:
         raise UserError(f"{name} is a benchmark of {asked.task} segmentation, the model was trained for {own.task}")
-    samples = open_split(name, data, "val")
-    classes = [category for _, category, _ in samples.categories]
+    samples = None if asked.categories else open_split(name, data, "val")  # COCO's classes stand in its own files
+    classes = [category for _, category, _ in asked.categories or samples.categories]
     if classes != settings["classes"]:
         ours, theirs = (f"{len(c)} classes ({', '.join(c[:4])}, …)" for c in (settings["classes"], classes))
         raise UserError(f"the model was trained on {ours}, {name} has {theirs}: they do not fit")
-    return samples
+    return samples or open_split(name, data, "val")
 
 
 def draw_folder(model, settings: dict, task: str, pictures: Path, folder: Path, device: str) -> None:
@@ -693,7 +714,12 @@ def main():
     # Which benchmarks; what does not fit is said before hours are spent
     data = args.data or Path(asked["data"])
     splits = {}
-    for name in BENCHMARKS if args.all else [args.benchmark or settings["benchmark"]]:
+    own, seen = settings["benchmark"], set()
+    for name in [own, *(name for name in BENCHMARKS if name != own)] if args.all else [args.benchmark or own]:
+        where = find_benchmark(name).evaluates_on, find_benchmark(name).task
+        if where in seen:  # three sources and Cityscapes itself are evaluated alike
+            continue
+        seen.add(where)
         try:
             splits[name] = open_fitting(name, data, settings)
         except UserError as error:
@@ -709,6 +735,8 @@ def main():
         count = min(len(samples), args.limit or len(samples))
         indices = [i * len(samples) // count for i in range(count)]
         submission = folder / "submission" / name if args.save_predictions else None
+        if submission and submission.exists():
+            shutil.rmtree(submission)  # of an earlier model
         results = evaluate(model, samples, settings["test_size"], args.device, args.workers, indices, submission)
         headlines[name] = headline(results, samples.categories)
         benchmarks[name] = {"images": count, "scores": headlines[name], **results}
@@ -719,10 +747,13 @@ def main():
 
     # What the model is, how it does, class by class, and beside the paper
     what = {key: settings[key] for key in ("benchmark", "master", "auxiliary", "stride", "fusion", "steps", "seed")}
-    what |= {"weights": settings["weights"]}
+    what |= {key: settings[key] for key in ("master_mode", "aux_mode", "weights")}
     run.write_json(folder / "results.json", {"model": what, "benchmarks": benchmarks})
     fusion = f"{settings['auxiliary']} at stride {settings['stride']}, fusion {settings['fusion']}"
-    title = f"{settings['master']}, {fusion}, {settings['steps']} steps, seed {settings['seed']}; percent"
+    trained_on = find_benchmark(own).trains_on
+    title = (
+        f"{settings['master']}, {fusion}, {settings['steps']} steps on {trained_on}, seed {settings['seed']}; percent"
+    )
     title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in settings["weights"].items() if w == "none")
     parts = [f"{title}\n"]
     for name, entry in benchmarks.items():
@@ -730,7 +761,7 @@ def main():
         parts.append(f"{name}, {entry['images']} images\n")
         parts.append(markdown([list(numbers), [f"{value:.1f}" for value in numbers.values()]]))
         parts.append(markdown(class_rows(entry)))
-    report = "\n".join([*parts, markdown(benchmark_rows(headlines, data))])
+    report = "\n".join([*parts, markdown(benchmark_rows(headlines, trained_on, data))])
     with run.whole_file(folder / "results.md") as temporary:
         temporary.write_text(report)
     print(f"\n{report}\nwrote {folder}/results.json, results.md, predictions.png")

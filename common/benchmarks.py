@@ -125,7 +125,7 @@ class Split(Dataset):
     not in the dictionary is void.
     task: "semantic" makes one segment of each class in the image, "instance" one of each thing, "panoptic" one of each
     stuff class and each thing. measures: whose truth goes into the samples.
-    confidence: name -> file of KITTI-360's weights. Raises UserError for an unreadable file and for an unknown label.
+    confidence: label file -> file of KITTI-360's weights. Raises UserError for an unreadable file or unknown label.
     """
 
     def __init__(
@@ -149,12 +149,11 @@ class Split(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
-        image = read_image(self.root / name)
+        image = read_image(self.root / name, turn=False)
         file, ids, classes = self.read_labels(name)
         if ids.shape != image.shape[1:]:
             raise UserError(f"{file} is {ids.shape}, its picture {tuple(image.shape[1:])}")
         segment_of = np.zeros(int(ids.max()) + 1, np.int32)
-        target_of = np.full(len(segment_of), 255, np.uint8)
         labels, crowd, first_of_class = [], [], {}
         for value, (called, is_crowd) in classes.items():
             if called not in self.class_of:
@@ -162,7 +161,6 @@ class Split(Dataset):
             label = self.class_of[called]
             if label is None:
                 continue
-            target_of[value] = label
             merged = self.task == "semantic" or not self.categories[label][2]  # one segment for the whole class
             if merged and label in first_of_class:
                 segment_of[value] = first_of_class[label]
@@ -182,11 +180,14 @@ class Split(Dataset):
             return sample
         sample["truth"] = truth = {}
         if "mIoU" in self.measures:
-            truth["semantic"] = (torch.from_numpy(target_of[ids]),)  # uint8 [H, W], 255 ignored
+            classes_of_segments = np.array([255, *labels], np.uint8)
+            truth["semantic"] = (torch.from_numpy(classes_of_segments[segment_of[ids]]),)  # uint8 [H, W], 255 ignored
         if "AP" in self.measures:
             truth["instance"] = (torch.from_numpy(ids).long(),)
             if self.confidence:
-                weights = _open(self.confidence(name), lambda file: np.asarray(file) / 65535)
+                weights = _label_image(self.confidence(file)) / 65535
+                if weights.shape != ids.shape:
+                    raise UserError(f"{self.confidence(file)} is {weights.shape}, the labels {ids.shape}")
                 truth["instance"] += (torch.from_numpy(weights),)
         if "PQ" in self.measures:
             segments = [
@@ -227,38 +228,36 @@ def kitti360(root: Path, split: str, categories: list, task: str, measures: tupl
     lines = [line.split() for line in frames.read_text().splitlines() if line.strip()]
     if not all(len(line) == 2 for line in lines):
         raise UserError(f"{frames}: a line is a picture's path and its label's, with a space between")
-    labels = dict(lines)
-    instance = {name: _below(root, path, frames).replace("/semantic/", "/instance/") for name, path in labels.items()}
-    confidence = {name: path.replace("/instance/", "/confidence/") for name, path in instance.items()}
-    for name in labels:
+    files = {name: root / _below(root, path, frames).replace("/semantic/", "/instance/") for name, path in lines}
+    for name, file in files.items():
         _need(root / _below(root, name, frames), frames)
-        _need(root / instance[name], root / name)
+        _need(file, root / name)
         if measures:
-            _need(root / confidence[name], root / name)
+            _need(_kitti360_confidence(file), root / name)
     class_of = dict.fromkeys(range(45)) | {raw: index for index, (raw, _, _) in enumerate(categories)}
     class_of[34] = class_of[11]  # garages count as buildings
-    read, weigh = functools.partial(_kitti360, root, instance), functools.partial(_in, root, confidence)
-    return Split(root, list(labels), categories, class_of, read, task, measures, confidence=weigh)
+    read = functools.partial(_kitti360, files)
+    return Split(root, sorted(files), categories, class_of, read, task, measures, confidence=_kitti360_confidence)
 
 
-def _kitti360(root: Path, files: dict, name: str) -> tuple[Path, np.ndarray, dict]:
+def _kitti360_confidence(file: Path) -> Path:
+    return file.parents[1] / "confidence" / file.name
+
+
+def _kitti360(files: dict[str, Path], name: str) -> tuple[Path, np.ndarray, dict]:
     """All values are id*1000 + n, so that n may be 0 for a thing; only 0 is void."""
-    ids = _label_image(root / files[name])
-    return root / files[name], ids, {v: (v // 1000, False) for v in present(ids)}
-
-
-def _in(root: Path, files: dict, name: str) -> Path:
-    return root / files[name]
+    ids = _label_image(files[name])
+    return files[name], ids, {v: (v // 1000, False) for v in present(ids)}
 
 
 def ade20k(root: Path, split: str, categories: None, task: str, measures: tuple = ()) -> Split:
     table = root / "objectInfo150.txt"
     _need(table, root)
     rows = [line.split("\t") for line in table.read_text().splitlines()[1:] if line.strip()]
-    try:  # index, ratio, training, validation, is it stuff?, names
-        categories = [(int(row[0]), row[-1].split(",")[0].strip(), row[-2].strip() == "0") for row in rows]
+    try:  # index, ratio, training, validation, names
+        categories = [(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
     except (ValueError, IndexError):
-        raise UserError(f"{table}: a line is Idx, Ratio, Train, Val, Stuff and Name with tabs between") from None
+        raise UserError(f"{table}: a line is Idx, Ratio, Train, Val and Name with tabs between") from None
     names = _pictures(root, f"images/{split}/*.jpg")
     for name in names:
         _need(_ade20k_file(root, name), root / name)
@@ -318,6 +317,8 @@ def _synscapes(root: Path, name: str) -> tuple[Path, np.ndarray, dict]:
     instances = _colour_ids(root / name.replace("rgb", "instance", 1))
     if instances.shape != classes.shape:
         raise UserError(f"{file} is {classes.shape}, its instances {instances.shape}")
+    if classes.max() > 255:
+        raise UserError(f"{file} holds the label {classes.max()}, which is not in the data set's table of classes")
     values = present(instances)
     place_of = np.zeros(int(instances.max()) + 1, np.int32)
     place_of[values] = np.arange(len(values))
@@ -342,7 +343,7 @@ def _synthia(root: Path, name: str) -> tuple[Path, np.ndarray, dict]:
     """16 bits a channel, the first the class, the second the instance; things without an instance are a crowd."""
     file = root / name.replace("RGB", "GT/LABELS", 1)
     try:  # Pillow would cut the numbers to 8 bits
-        channels = torchvision.io.decode_image(str(file), torchvision.io.ImageReadMode.UNCHANGED).numpy()
+        channels = torchvision.io.read_image(str(file), torchvision.io.ImageReadMode.UNCHANGED).numpy()
     except RuntimeError as error:
         raise UserError(f"{file} cannot be read as a picture ({str(error).splitlines()[0]})") from None
     if channels.dtype != np.uint16 or len(channels) < 2:
@@ -380,9 +381,11 @@ def coco(root: Path, split: str, categories: None, task: str, measures: tuple = 
     def compact(entry: dict):
         """Each annotation as soon as it is parsed: as Python objects, all of COCO would take several gigabytes."""
         if "segments_info" in entry:
-            return entry["image_id"], pickle.dumps((entry["file_name"], entry["segments_info"]))
+            segments = entry["segments_info"]
+            return entry["image_id"], tuple(c for _, c, _ in segments), pickle.dumps((entry["file_name"], segments))
         if "segmentation" in entry:
-            return entry["image_id"], pickle.dumps((entry["category_id"], entry["iscrowd"], entry["segmentation"]))
+            category = entry["category_id"]
+            return entry["image_id"], (category,), pickle.dumps((category, entry["iscrowd"], entry["segmentation"]))
         if "category_id" in entry:  # a segment of the panoptic form
             return entry["id"], entry["category_id"], bool(entry["iscrowd"])
         if "file_name" in entry:
@@ -392,25 +395,26 @@ def coco(root: Path, split: str, categories: None, task: str, measures: tuple = 
     try:
         content = _read_json(file, object_hook=compact)
         categories = [(entry["id"], entry["name"], bool(entry.get("isthing", True))) for entry in content["categories"]]
-        of_image = {image_id: [] for image_id, _, _ in content["images"]}
-        for image_id, packed in content["annotations"]:
+        class_of = {raw: index for index, (raw, _, _) in enumerate(categories)}
+        images = sorted(content["images"], key=lambda image: image[1])
+        of_image = {image_id: [] for image_id, _, _ in images}
+        for image_id, used, packed in content["annotations"]:
             of_image[image_id].append(packed)
+            if strange := set(used) - set(class_of):
+                raise UserError(f"{file} has an annotation of category {strange.pop()}, which is not in its categories")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is not in COCO's {kind} form ({error!r})") from None
-    names = [f"{split}/{_below(root, name, file)}" for _, name, _ in content["images"]]
-    there = set(os.listdir(root / split)) if (root / split).is_dir() else set()
-    for _, name, _ in content["images"]:
-        if name not in there:
-            raise UserError(f"{file} names {root / split / name}, which is not there")
-    class_of = {raw: index for index, (raw, _, _) in enumerate(categories)}
-    image_ids = np.array(list(of_image))
-    sizes = np.array([size for _, _, size in content["images"]])
+    names = [f"{split}/{_below(root, name, file)}" for _, name, _ in images]
+    _need_all(root / split, [name for _, name, _ in images], file)
+    image_ids, sizes = np.array(list(of_image)), np.array([size for _, _, size in images])
     annotations = Packed(of_image.values())
     if kind == "instances":
         return CocoInstances(root, file, names, categories, class_of, measures, image_ids, sizes, annotations)
     for name, entries in zip(names, of_image.values(), strict=True):
         if len(entries) != 1:
             raise UserError(f"{file} has {len(entries)} annotations for {name}: expected one")
+    pictures = [_below(root, pickle.loads(entry)[0], file) for (entry,) in of_image.values()]
+    _need_all(root / f"annotations/panoptic_{split}", pictures, file)
     index_of = {name: index for index, name in enumerate(names)}
     read = functools.partial(_coco_panoptic, file, root / f"annotations/panoptic_{split}", index_of, annotations)
     return Split(root, names, categories, class_of, read, task, measures, image_ids=image_ids)
@@ -420,7 +424,7 @@ def _coco_panoptic(
     table: Path, folder: Path, index_of: dict, annotations: Packed, name: str
 ) -> tuple[Path, np.ndarray, dict]:
     file, segments = pickle.loads(annotations[index_of[name]][0])
-    file = folder / _below(folder, file, table)
+    file = folder / file
     ids = _colour_ids(file)
     classes = {segment: (category, crowd) for segment, category, crowd in segments}
     values = present(ids)
@@ -453,23 +457,26 @@ class CocoInstances(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         file = self.root / self.names[index]
-        image = read_image(file)
+        image = read_image(file, turn=False)
         height, width = self.sizes[index].tolist()
         if image.shape[1:] != (height, width):
             raise UserError(f"{file} is {tuple(image.shape[1:])}, its annotations are for {(height, width)}")
         rles, labels, crowd = [], [], []
         for category, is_crowd, shape in map(pickle.loads, self.annotations[index]):
-            if category not in self.class_of:
-                raise UserError(f"{file} has an annotation of category {category}, which is not among the categories")
-            if isinstance(shape, list):  # polygons; fewer than three corners enclose nothing
-                shape = [polygon for polygon in shape if len(polygon) >= 6]
-                shape = rle.merge(rle.frPyObjects(shape, height, width)) if shape else None
-            elif isinstance(shape["counts"], list):
-                shape = rle.frPyObjects(shape, height, width)
+            try:
+                if isinstance(shape, list):  # polygons; fewer than three corners enclose nothing
+                    shape = [polygon for polygon in shape if len(polygon) >= 6]
+                    shape = rle.merge(rle.frPyObjects(shape, height, width)) if shape else None
+                elif isinstance(shape["counts"], list):
+                    shape = rle.frPyObjects(shape, height, width)
+                if shape and list(shape["size"]) != [height, width]:
+                    raise ValueError(f"its size is {shape['size']}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self.annotation_file}: a mask of {file}, {(height, width)}, is no mask ({error})"
+                ) from None
             if shape is None:
                 continue
-            if shape["size"] != [height, width]:
-                raise UserError(f"{file} is {(height, width)}, one of its annotations {tuple(shape['size'])}")
             rles.append(shape)
             labels.append(self.class_of[category])
             crowd.append(bool(is_crowd))
@@ -497,6 +504,14 @@ def _pictures(root: Path, pattern: str) -> list[str]:
 def _need(file: Path, asked_by: Path) -> None:
     if not file.is_file():
         raise UserError(f"{asked_by} needs {file}, which is not there")
+
+
+def _need_all(folder: Path, names: list[str], asked_by: Path) -> None:
+    """As _need for very many files of one folder, which is listed once."""
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    for name in names:
+        if name not in there:
+            raise UserError(f"{asked_by} needs {folder / name}, which is not there")
 
 
 def _below(root: Path, path: str, table: Path) -> str:
@@ -573,19 +588,20 @@ def _open(path: Path, read):
         raise UserError(f"{path} cannot be read as a picture ({error})") from None
 
 
-def read_image(path: Path) -> torch.Tensor:
+def read_image(path: Path, turn: bool = True) -> torch.Tensor:
     """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
 
-    UserError names a file that is missing, truncated or no picture. Colour profiles are ignored, as they are in the
-    training of every encoder here.
+    Data sets ask for turn=False: their labels are in the pixels as they are stored. UserError names a file that is
+    missing, truncated or no picture. Colour profiles are ignored, as they are in the training of every encoder here.
     """
-    return torch.from_numpy(_open(path, _rgb)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(_open(path, functools.partial(_rgb, turn=turn))).permute(2, 0, 1).contiguous()
 
 
-def _rgb(file: Image.Image) -> np.ndarray:
+def _rgb(file: Image.Image, turn: bool) -> np.ndarray:
     if file.mode in ("I", "F"):
         raise ValueError("its numbers have more than 16 bits, which no screen shows")
-    ImageOps.exif_transpose(file, in_place=True)
+    if turn:
+        ImageOps.exif_transpose(file, in_place=True)
     if file.mode.startswith("I;16"):  # convert() would cut all above 255
         grey = (np.asarray(file) / 257 + 0.5).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)

@@ -57,6 +57,42 @@ def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> N
     _save(figure, path)
 
 
+# ------------------------------------------------------------------------------------------------- edges.png
+
+
+def draw_edges(path: Path, rows: list) -> None:
+    """Rows of pictures: the image with its edges' centreline, then each encoder's edges by the zone they lie in.
+
+    rows: [(image [3, H, W] in [0, 1], [(title, centreline bool [h, w], edges int [h, w])])], edges 0 for none, 1 core,
+    2 near and 3 far; all without the border of one pixel that has no gradient.
+    """
+    columns = 1 + len(rows[0][1])
+    height = sum(3.4 * image.shape[1] / image.shape[2] for image, _ in rows) + 0.5 * len(rows) + 0.5
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(3.4 * columns, height), squeeze=False, dpi=130, layout="constrained"
+    )
+    zones = {"core": COLOURS[0], "near": COLOURS[4], "far": COLOURS[3]}
+    for (image, drawings), line in zip(rows, axes, strict=True):
+        picture = image.permute(1, 2, 0).numpy()
+        finest = max((centreline for _, centreline, _ in drawings), key=torch.numel)
+        line[0].imshow(0.5 + 0.5 * picture, extent=(0, 1, 0, 1), aspect="auto")
+        line[0].imshow(np.ma.masked_equal(finest.numpy(), 0), extent=(0, 1, 0, 1), aspect="auto", cmap="gray", vmin=1)
+        line[0].set_title("picture and centreline of its edges", fontsize=10)
+        palette = np.array([(1, 1, 1), *(matplotlib.colors.to_rgb(colour) for colour in zones.values())])
+        for axis, (title, centreline, edges) in zip(line[1:], drawings, strict=True):
+            shade = 0.82 * centreline.numpy()[..., None] * (edges.numpy() == 0)[..., None]
+            axis.imshow(palette[edges.numpy()] * (1 - 0.25 * shade), extent=(0, 1, 0, 1), aspect="auto")
+            axis.set_title(title, fontsize=10)
+        for axis in line:
+            axis.set_box_aspect(image.shape[1] / image.shape[2])
+            axis.set_xticks([])
+            axis.set_yticks([])
+    patches = [matplotlib.patches.Patch(color=colour, label=f"{zone} edges") for zone, colour in zones.items()]
+    patches.append(matplotlib.patches.Patch(color="0.8", label="centreline without an edge"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------- loss.png
 
 

@@ -109,8 +109,8 @@ ADE20K = ["wall", "building, edifice", "sky", "floor, flooring", "tree", "ceilin
 def ade20k(root, split="validation", count=2):
     """Labels 0 to 7 of a table of seven classes; expected are the label maps."""
     root.mkdir(parents=True, exist_ok=True)
-    lines = [f"{i}\t0.1\t100\t10\t{int(i != 5)}\t{name}" for i, name in enumerate(ADE20K, 1)]
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "\n".join(lines) + "\n")
+    lines = [f"{i}\t0.1576\t11664\t1172\t{name}" for i, name in enumerate(ADE20K, 1)]
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "\n".join(lines) + "\n")
     found = {}
     for i, (image, labels, _) in enumerate(scenes(count)):
         name = f"images/{split}/ADE_val_{i:08d}.jpg"

@@ -153,11 +153,15 @@ def test_every_data_set_is_read_back_pixel_for_pixel(shelf, name, part):
         np.testing.assert_array_equal(sample["image"].permute(1, 2, 0), image)
         assert len(sample["labels"]) == len(sample["crowd"]) and sample["labels"].dtype == torch.int64
         if name == "cityscapes_semantic":
+            if part == "val":
+                file = sample_name.replace("leftImg8bit/", "gtFine/").replace("leftImg8bit", "gtFine_labelIds")
+                labels = np.array(Image.open(data / "cityscapes" / file))
+                raw = np.array([c[0] for c in CITYSCAPES] + [0] * 237)[sample["truth"]["semantic"][0]]
+                np.testing.assert_array_equal(raw, np.where(labels == 1, 0, labels))
             continue
-        if name == "coco_panoptic":  # here all masks are the scene's own, in the other form some are boxes
-            assert {n for n, _ in found_in(sample, samples)} == {n for n, _ in things}
-        else:
-            assert found_in(sample, samples) == things
+        if name == "coco_panoptic":  # the scene's own masks; in the other form some are boxes
+            things = [datasets.things(ids) for _, _, ids in datasets.scenes(1)][0] if index == 0 else set()
+        assert found_in(sample, samples) == things
         if name.startswith("coco"):
             assert sample["crowd"].sum() == (index == 0)
         else:
@@ -182,7 +186,6 @@ def test_coco_keeps_its_ids_and_its_truth(shelf):
 def test_ade20k_reads_its_classes_from_its_own_table(shelf):
     samples = open_split("ade20k_semantic", shelf[0], "val")
     assert [name for _, name, _ in samples.categories] == [name.split(",")[0] for name in datasets.ADE20K]
-    assert [thing for *_, thing in samples.categories] == [False] * 4 + [True] + [False] * 2
     for sample in samples:
         (target,) = sample["truth"]["semantic"]
         _, labels = shelf[1]["ADEChallengeData2016 validation"][sample["name"]]
@@ -225,6 +228,9 @@ def test_the_real_layouts_traps_are_named(shelf, tmp_path):
     def edit(file, old, new):
         return lambda root: (root / file).write_text((root / file).read_text().replace(old, new, 1))
 
+    def gone(pattern):
+        return lambda root: sorted(p for p in root.rglob("*.png") if p.match("*" + pattern))[0].unlink()
+
     panoptic, instances = "annotations/panoptic_val2017.json", "annotations/instances_val2017.json"
     frames = "data_2d_semantics/train/2013_05_28_drive_val_frames.txt"
     at_once = [
@@ -238,7 +244,15 @@ def test_the_real_layouts_traps_are_named(shelf, tmp_path):
         ("kitti360_instance", "KITTI-360", edit(frames, "data_2d_raw", "../data_2d_raw"), "lies outside"),
         ("kitti360_instance", "KITTI-360", lambda root: next(root.rglob("confidence/*.png")).unlink(), "confidence"),
         ("kitti360_instance", "KITTI-360", lambda root: (root / frames).unlink(), "needs .*val_frames.txt"),
-        ("ade20k_semantic", "ADEChallengeData2016", edit("objectInfo150.txt", "1\t0.1\t", "1;0.1;"), "tabs"),
+        ("kitti360_instance", "KITTI-360", gone("data_rect/*.png"), "data_rect/.*which is not there"),
+        ("kitti360_instance", "KITTI-360", gone("/instance/*.png"), "instance/.*which is not there"),
+        ("kitti360_instance", "KITTI-360", edit(frames, " ", "  too "), "a line is a picture's path and its label's"),
+        ("coco_panoptic", "coco", gone("panoptic_val2017/*.png"), "panoptic_val2017/.*which is not there"),
+        ("coco_panoptic", "coco", edit(panoptic, '"000000001000.png"', '"../../../x.png"'), "lies outside"),
+        ("coco_panoptic", "coco", edit(panoptic, '"category_id": 7', '"category_id": 99'), "category 99, which is not"),
+        ("coco_panoptic", "coco", edit(panoptic, '"image_id": 1037', '"image_id": 1000'), "2 annotations for"),
+        ("coco_instance", "coco", edit(instances, '"category_id": 26', '"category_id": 99'), "category 99, which"),
+        ("ade20k_semantic", "ADEChallengeData2016", edit("objectInfo150.txt", "\t11664", ";11664"), "tabs"),
         ("ade20k_semantic", "ADEChallengeData2016", lambda root: next(root.rglob("annotations/*/*.png")).unlink(),
          "needs .*ADE_val.*png, which is not there"),
     ]  # fmt: skip
@@ -246,7 +260,19 @@ def test_the_real_layouts_traps_are_named(shelf, tmp_path):
         split = BENCHMARKS[name].evaluates_on.split()[1]
         with pytest.raises(UserError, match=message) as error:
             open_split(name, broken(folder, split, change), "val")
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and folder in str(error.value)
+    for name, folder, pattern in [
+        ("urbansyn_to_cityscapes_instance", "urbansyn", "panoptic/*.png"),
+        ("synscapes_to_cityscapes_instance", "synscapes", "class/*.png"),
+        ("synscapes_to_cityscapes_instance", "synscapes", "img/instance/*.png"),
+        ("synthia_to_cityscapes_instance", "synthia", "GT/LABELS/*.png"),
+        ("cityscapes_instance", "cityscapes", "gtFine/train/bonn/*instanceIds.png"),
+    ]:
+        with pytest.raises(UserError, match="needs .*png, which is not there"):
+            open_split(name, broken(folder, "train", gone(pattern)), "train")
+    with pytest.raises(UserError, match="needs .*json, which is not there"):
+        lost = broken("urbansyn", "train", lambda root: sorted(root.rglob("*.json"))[0].unlink())
+        open_split("urbansyn_to_cityscapes_instance", lost, "train")
 
     def repaint(pattern, change):
         def edit(root):
@@ -258,6 +284,12 @@ def test_the_real_layouts_traps_are_named(shelf, tmp_path):
     later = [
         ("coco_panoptic", "val", repaint("panoptic_val2017/*.png", lambda a: a + np.uint8(1)), "segment [0-9]+, which"),
         ("coco_instance", "val", repaint("val2017/*.jpg", lambda a: a[:-8]), "its annotations are for"),
+        ("coco_instance", "val", edit(instances, '"size": [128, 256]', '"size": [128, 255]'), "a mask of .* is no"),
+        ("coco_instance", "val", edit(instances, '"size": [128, 256], ', ''), "a mask of .* is no mask"),
+        ("kitti360_instance", "val", repaint("confidence/*.png", lambda a: a[:-8]), "confidence.*is .120, 256., the"),
+        ("synscapes_to_cityscapes_instance", "train", repaint("img/instance/*.png", lambda a: a[:-8]), "its instances"),
+        ("synscapes_to_cityscapes_instance", "train",
+         repaint("img/class/*.png", lambda a: a.astype(np.uint16) + 900), "the label 9[0-9]+"),
         ("coco_panoptic", "val", repaint("panoptic_val2017/*.png", lambda a: a[:-8]), "is .120, 256., its picture"),
         ("cityscapes_instance", "val", repaint("*instanceIds.png", lambda a: a + np.uint16(40000)), "the label [0-9]+"),
         ("ade20k_semantic", "val", repaint("annotations/*/*.png", lambda a: a + np.uint8(99)), "the label [0-9]+"),
@@ -273,7 +305,7 @@ def test_the_real_layouts_traps_are_named(shelf, tmp_path):
         samples = open_split(name, broken(folder, split, change), part)
         with pytest.raises(UserError, match=message) as error:
             samples[0]
-        assert "\n" not in str(error.value) and "." in str(error.value)
+        assert "\n" not in str(error.value) and folder in str(error.value)
 
 
 def test_pictures_are_scaled_to_multiples_of_32():

@@ -115,18 +115,34 @@ def test_another_benchmark_must_have_the_models_classes(stage, data, tmp_path):
     assert list(results["benchmarks"]["cityscapes_instance"]["instance"]["per_class"]) == [
         c[1] for c in CITYSCAPES_THINGS
     ]
-    said = stage("05_eval", "--run", tmp_path / "run", "--all", "--limit", 1)
-    fit = ["cityscapes_instance", *(name for name in BENCHMARKS if "_to_" in name)]
-    assert list(json.loads((tmp_path / "run/results.json").read_text())["benchmarks"]) == fit
+    assert "(but trained on urbansyn train)" in (tmp_path / "run/results.md").read_text()
+    said = stage("05_eval", "--run", tmp_path / "run", "--all", "--limit", 1)  # what is evaluated alike, once
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert list(results["benchmarks"]) == ["urbansyn_to_cityscapes_instance"]
     assert (
         "left out: the model was trained on 8 classes (person, rider, car, truck, …), kitti360_instance has 7" in said
     )
+    assert not (root / "toycity").exists()  # nothing is drawn to find that it does not fit
     with pytest.raises(UserError, match="8 classes .person, .*kitti360_instance has 7 classes .building"):
         stage("05_eval", "--run", tmp_path / "run", "--benchmark", "kitti360_instance")
     with pytest.raises(UserError, match="toycity is a benchmark of panoptic .*trained for instance"):
         stage("05_eval", "--run", tmp_path / "run", "--benchmark", "toycity")
     with pytest.raises(UserError, match="cityscapes_instance needs .*--data"):
         stage("05_eval", "--run", tmp_path / "run", "--benchmark", "cityscapes_instance", "--data", tmp_path / "no")
+    with pytest.raises(SystemExit):
+        stage("05_eval", "--compare", tmp_path / "run", "--limit", 3)
+
+
+def test_a_checkpoint_of_something_else_is_named(stage, data, tmp_path):
+    write_run(tmp_path / "run", data, "toycity", open_split("toycity", data, "val").categories)
+    file = tmp_path / "run/checkpoint.pt"
+    whole = torch.load(file, weights_only=True)
+    whole["model"].popitem()
+    for content in ({"a": 1}, whole):
+        torch.save(content, file)
+        with pytest.raises(UserError, match="checkpoint.pt is no checkpoint of this project's model") as error:
+            stage("05_eval", "--run", tmp_path / "run")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +182,9 @@ def test_runs_are_compared_by_stride_with_the_ef_beside(stage, tmp_path):
             "stride": stride,
             "fusion": fusion,
             "steps": 9,
+            "master_mode": "ft",
+            "aux_mode": "fz",
+            "seed": 0,
         }
         results = {
             "model": model,
@@ -173,11 +192,22 @@ def test_runs_are_compared_by_stride_with_the_ef_beside(stage, tmp_path):
         }
         run.write_json(folders[-1] / "results.json", results)
         run.write_json(folders[-1] / "selection.json", {"score": "ef", "scores": {"b": {"EF": ef}}})
-    said = stage("05_eval", "--compare", *folders)
+    other = tmp_path / "other"  # fine-tuned too, on fewer images, and one without a selection: none is mixed in
+    for name, model_change, images in (("tuned", {"aux_mode": "ft"}, 6), ("limited", {}, 3), ("bare", {}, 6)):
+        changed = {"model": model | {"fusion": "replace"} | model_change}
+        changed["benchmarks"] = {"toycity": {"images": images, "scores": {"mIoU": 99.0, "AP": None}}}
+        run.write_json(tmp_path / name / "results.json", changed)
+        if name != "bare":
+            run.write_json(tmp_path / name / "selection.json", {"score": "ef", "scores": {"b": {"EF": ef}}})
+    run.write_json(other / "results.json", {"semantic": {"mIoU": 1.0}})
+    run.write_json(other / "selection.json", {})
+    said = stage("05_eval", "--compare", *folders, tmp_path / "tuned", tmp_path / "limited", tmp_path / "bare", other)
+    assert f"left out: {tmp_path}/bare/selection.json is missing" in said
+    assert f"left out: {other}/results.json is of another version" in said
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("|")]
-    assert rows[0] == ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "AP"]
-    assert [row[4:6] for row in rows[2:8]].count(["-", "none"]) == 1
-    gains = rows[8:]
+    head = ["run", "trained for", "scored on", "master", "auxiliary", "OS", "fusion", "modes", "steps", "mIoU", "AP"]
+    assert rows[0] == head and [row[5:8] for row in rows[2:10]].count(["-", "none", "ft"]) == 1
+    gains = rows[10:]
     assert gains[0] == ["OS", "EF", "mIoU gained"]
     assert gains[2:] == [["4", "1.00", "+1.0"], ["8", "3.00", "+3.0"], ["16", "2.00", "+2.0"], ["32", "4.00", "-1.0"],
                          ["rho", "", "-0.20"]]  # fmt: skip

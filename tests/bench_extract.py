@@ -1,0 +1,77 @@
+"""What stage 1 costs beside the bare encoder: reading pictures and writing features, on the same pictures.
+
+    python tests/bench_extract.py                              sam2_b with random weights, 16 pictures of 512 x 1024
+    python tests/bench_extract.py --encoder dinov3_b --device cuda --images 200
+
+The encoder's forward alone, over pictures already in memory, is timed before and after stage 1's loop; the loop reads
+PNGs of 1024 x 2048 and writes every file. Then the whole stage is run again, to see how soon it finds nothing to do.
+"""
+
+import argparse
+import importlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import run, toycity  # noqa: E402
+from common.benchmarks import read_image, resize_image  # noqa: E402
+from common.encoders import load_encoder  # noqa: E402
+
+stage1 = importlib.import_module("01_extract")
+
+
+@torch.inference_mode()
+def bare(encoder, images, device) -> float:
+    began = time.perf_counter()
+    for image in images:
+        maps = encoder(image[None].to(device))
+        next(iter(maps.values())).cpu()
+    return time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="sam2_b")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root, scratch = Path(folder) / "pictures", Path(folder) / "run"
+        root.mkdir()
+        for i in range(args.images):
+            scene = toycity.scene("val", i % 8)[0].repeat(2, 0).repeat(2, 1)
+            noise = np.random.default_rng(i).integers(-2, 3, scene.shape)
+            Image.fromarray(np.clip(scene + noise, 0, 255).astype(np.uint8)).save(root / f"{i:04}.png")
+        names = sorted(path.name for path in root.iterdir())
+        run.seed_everything(0)
+        encoder = load_encoder(args.encoder, "none", args.device)
+        images = [resize_image(read_image(root / name), "512x1024") for name in names[:8]]
+        images = [images[i % len(images)] for i in range(args.images)]
+        bare(encoder, images[:2], args.device)
+        alone = bare(encoder, images, args.device)
+        began = time.perf_counter()
+        stage1.extract(encoder, stage1.Pictures(root, names, "512x1024"), scratch, args.device, args.workers)
+        loop = time.perf_counter() - began
+        alone = (alone + bare(encoder, images, args.device)) / 2
+        n = args.images
+        print(
+            f"{args.encoder}, {n} pictures: {1000 * alone / n:.0f} ms a picture alone, {1000 * loop / n:.0f} in stage 1"
+        )
+        print(f"stage 1 has {100 * alone / loop:.1f} % of the bare encoder's throughput")
+        command = [sys.executable, "01_extract.py", "--images", root, "--run", scratch, "--size", "512x1024"]
+        command += ["--encoders", args.encoder, "--weights", "none", "--limit", str(n)]
+        began = time.perf_counter()
+        subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+        print(f"the stage as a command, everything done before: {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

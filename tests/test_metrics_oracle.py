@@ -1,0 +1,198 @@
+"""Every component of the metrics against tests/slow_metrics.py, which is written from their words alone."""
+
+import importlib
+
+import numpy as np
+import pytest
+import slow_metrics
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_sample_images
+from sklearn.decomposition import PCA
+
+from common import toycity
+
+metrics = importlib.import_module("02_metrics")
+
+
+def photographs(height=256, width=512):
+    """Crops of scikit-learn's two photographs and toycity scenes: 24 pictures [24, 3, height, width] in [0, 1]."""
+    pictures = []
+    for photo in load_sample_images().images:  # 427 x 640
+        for top in (0, 85, 171):
+            for left in (0, 128):
+                pictures.append(photo[top : top + height, left : left + width])
+    pictures += [toycity.scene("val", i)[0][128 : 128 + height, 256 : 256 + width] for i in range(12)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.fixture(scope="module")
+def images():
+    return photographs()
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth(channels, height, width, seed=0, grain=0.3):
+    blobs = F.interpolate(random(1, channels, 5, 7, seed=seed), (height, width), mode="bicubic")
+    return (blobs + grain * random(1, channels, height, width, seed=seed + 1))[0]
+
+
+def maps_for(image):
+    """{kind: features [C, H, W]}: random, smooth, blocky, edge-like, tiny, and one of slow detail."""
+    blocky = F.interpolate(random(1, 12, 6, 9, seed=3), (48, 72), mode="nearest")[0] + 0.05 * random(12, 48, 72, seed=4)
+    small = F.interpolate(image[None], (64, 128), mode="bilinear")[0]
+    edges = torch.from_numpy(np.stack([slow_metrics.sobel(channel.numpy()) for channel in small])).float()
+    hill = torch.outer(torch.hann_window(48, periodic=False), torch.hann_window(72, periodic=False)) ** 4
+    return {
+        "random": random(20, 40, 60, seed=1),
+        "smooth": smooth(16, 33, 47, seed=2),
+        "wide": smooth(200, 9, 14, seed=9),
+        "blocky": blocky,
+        "edge-like": torch.cat([edges, 0.01 * random(5, 64, 128, seed=5)]),
+        "picture": small,
+        "odd and tiny": smooth(8, 9, 13, seed=7),
+        "slow detail": hill[None] * torch.tensor([1.0, 0.5, -0.2])[:, None, None],
+        "one channel": smooth(1, 24, 40, seed=8),
+    }
+
+
+@pytest.mark.parametrize("kind", list(maps_for(torch.rand(3, 64, 128))))
+def test_every_component_equals_the_oracle(kind, images):
+    for image in images[[0, 5, 13]]:
+        features = maps_for(image)[kind]
+        expected = slow_metrics.scores(features, image)
+        got = metrics.edge_fidelity(features[None], image[None]) | metrics.structural_coherence(features[None])
+        for name, value in expected.items():
+            tolerance = 1e-2 if name.startswith("EF") else 1e-4  # EF counts to 100
+            assert got[name].item() == pytest.approx(value, abs=tolerance), (kind, name)
+    if kind == "slow detail":
+        assert slow_metrics.resemblance_radius(np.linalg.norm(features.numpy(), axis=0)) > 3
+
+
+def test_degenerate_maps_score_zero_as_the_oracle_says(images):
+    good, spike = smooth(6, 32, 48), torch.zeros(4, 32, 48)
+    spike[:, 10, 20] = 1
+    tokens = F.layer_norm(random(32, 48, 64, seed=1), (64,)).permute(2, 0, 1).half().float()  # an untrained ViT's
+    broken = good.clone()
+    broken[0, 3, 4] = torch.nan
+    for name, features in {"constant": torch.full((5, 32, 48), 0.7), "tokens": tokens, "nan": broken}.items():
+        assert slow_metrics.degenerate(features.numpy()), name
+        got = metrics.edge_fidelity(features[None], images[:1]) | metrics.structural_coherence(features[None])
+        assert all(value == 0 for value in got.values()), name
+    assert not slow_metrics.degenerate(spike.numpy())
+    expected = slow_metrics.scores(spike, images[0])
+    got = metrics.edge_fidelity(spike[None], images[:1]) | metrics.structural_coherence(spike[None])
+    for name, value in expected.items():
+        assert np.isfinite(got[name].item()) and got[name].item() == pytest.approx(value, abs=1e-2), name
+
+
+def test_kmeans_is_as_tight_as_scikit_learn():
+    """Within 0.1 % of its best of ten, over maps; on a single one it differs from itself by up to 4 %."""
+    ours, theirs = [], []
+    for seed in range(10):
+        features = smooth(24, 40, 48, seed=20 * seed, grain=0.2 + 0.1 * seed)[None]
+        generator = torch.Generator().manual_seed(seed)
+        points = metrics.channels_standardised(features)[:, torch.randperm(1920, generator=generator)]
+        seeds = metrics.spread_seeds(points[:, :512], 10, generator)
+        for k in (6, 8, 10):
+            labels = metrics.kmeans(points, seeds[:, :, :k])[0].numpy()
+            flat = points[0].double().numpy()
+            ours.append(sum(((flat[labels == c] - flat[labels == c].mean(0)) ** 2).sum() for c in range(k)))
+            theirs.append(KMeans(k, n_init=10, random_state=0).fit(flat).inertia_)
+    ratio = np.divide(ours, theirs)
+    assert ratio.mean() < 1.001 and ratio.max() < 1.02
+
+
+def test_clustering_score_equals_the_oracle_on_the_mean_over_fifty_maps():
+    kinds = [smooth(32, 24, 40, seed=100 + 2 * i, grain=0.1 + 0.02 * i)[None] for i in range(50)]
+    ours = [metrics.structural_coherence(features)["SCS"].item() for features in kinds]
+    theirs = [slow_metrics.clustering(features[0].double().numpy()) for features in kinds]
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.003)
+    assert np.abs(np.subtract(ours, theirs)).max() < 0.05
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.95
+
+
+def test_principal_components_equal_scikit_learn():
+    points = random(1, 300, 40, seed=3)
+    ours = metrics.principal_components(points, 5)[0].numpy()
+    theirs = PCA(5, svd_solver="full").fit_transform(points[0].double().numpy())[:, ::-1]
+    signs = np.sign((ours * theirs).sum(0))
+    np.testing.assert_allclose(ours * signs, theirs, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- invariances
+
+
+def both(features, images):
+    return metrics.structural_coherence(features) | metrics.edge_fidelity(features, images)
+
+
+ALL = set(metrics.SCORES)
+BY_CHANNEL = {"SCS", "SC", "EC", "NC", "FAR", "FC_PCA", "EF", "EF_RELEASED", "EF_CC"}  # of standardised channels
+
+
+@pytest.mark.parametrize(
+    "change, kept",
+    [
+        ("scaled", ALL),
+        ("channels permuted", ALL),
+        ("rotated", {"SFC", "FC", "SP"}),  # the norm stays, single channels do not
+        ("each channel scaled", {"SCS", "EC", "NC", "FAR", "FC_PCA"}),
+    ],
+)
+def test_what_stays_when_features_change(change, kept, images):
+    features = smooth(12, 32, 64, seed=11, grain=0.5)[None] + 1
+    before = both(features, images[:1])
+    if change == "scaled":
+        changed = 8 * features
+    elif change == "channels permuted":
+        changed = features[:, torch.randperm(12)]
+    elif change == "rotated":
+        changed = torch.einsum("bchw,cd->bdhw", features, torch.linalg.qr(random(12, 12, seed=1)).Q)
+    else:
+        changed = features * torch.linspace(0.5, 3, 12)[:, None, None]
+    after = both(changed, images[:1])
+    for name in ALL:
+        tolerance = {"EF": 1e-1, "EF_RELEASED": 1e-1, "EF_CC": 1e-1, "SCS": 0.02, "SC": 0.02}.get(name, 1e-3)
+        if name in kept:
+            assert after[name].item() == pytest.approx(before[name].item(), abs=tolerance), name
+    if change == "rotated":
+        assert abs(after["EC"].item() - before["EC"].item()) > 1e-3
+    if change == "each channel scaled":
+        assert abs(after["SFC"].item() - before["SFC"].item()) > 1e-3
+
+
+def test_a_batch_of_eight_equals_eight_of_one(images):
+    features = torch.stack([smooth(16, 32, 64, seed=5 * s) for s in range(8)])
+    together = both(features, images[:8])
+    for i in range(8):
+        for name, score in both(features[i : i + 1], images[i : i + 1]).items():
+            tolerance = 2e-2 if name.startswith("EF") else 1e-4
+            assert together[name][i].item() == pytest.approx(score.item(), abs=tolerance), name
+
+
+# ------------------------------------------------------------------------------------------------- controls
+
+
+def test_noise_scores_zero_the_picture_clearly_more_the_shifted_picture_no_more_than_noise(images):
+    """EF_CC on 24 pictures; standard errors over pictures."""
+    means, errors = {}, {}
+    for source in metrics.CONTROLS:
+        for stride in (4, 8, 16, 32):
+            values = [
+                metrics.edge_fidelity(metrics.control(source, image[None], stride, seed=i), image[None])["EF_CC"].item()
+                for i, image in enumerate(images)
+            ]
+            means[source, stride], errors[source, stride] = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    print(means, errors)
+    for stride in (4, 8, 16, 32):
+        assert abs(means["noise", stride]) < 3 * errors["noise", stride], stride
+        assert means["shifted", stride] < 3 * errors["shifted", stride], stride
+        assert means["image", stride] >= 15, stride
+        for other in ("noise", "shifted"):
+            gap = np.hypot(errors["image", stride], errors[other, stride])
+            assert means["image", stride] > means[other, stride] + 3 * gap, (stride, other)
