@@ -392,10 +392,8 @@ def compare_with_truth(folder, settings, data, sc, seed, device):
     """How SC ranks maps beside SC_GT: {"rho", "low", "high", "maps", "SC_GT": {encoder: {stride: mean}}}.
 
     sc [image, encoder, stride]. rho is Spearman's over images, encoders and strides, the interval a bootstrap over the
-    images. Writes ground_truth.csv. Raises UserError for a run without labels.
+    images. Writes ground_truth.csv. Raises UserError where masks overlap.
     """
-    if settings["benchmark"] is None:
-        raise run.UserError(f"{folder} holds pictures without labels: --ground-truth needs a run made with --benchmark")
     samples = open_split(settings["benchmark"], data, "train")
     place, truth = {name: i for i, name in enumerate(samples.names)}, []
     for name in tqdm(settings["images"], "ground truth", unit="image"):
@@ -541,6 +539,8 @@ def main():
     settings = run.read_stage(folder, "run.json", "01_extract.py")
     seed = settings["seed"] if args.seed is None else args.seed
     encoders, names = settings["encoders"], settings["images"]
+    if args.ground_truth and settings["benchmark"] is None:
+        raise run.UserError(f"{folder} holds pictures without labels: --ground-truth needs a run made with --benchmark")
     sources = [*encoders, *CONTROLS]
 
     # Score image by image, for their sizes may differ. The tensors are too small for two cores to share one, so each

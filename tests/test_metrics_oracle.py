@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
 
 from common import toycity
 
@@ -175,6 +176,35 @@ def test_a_batch_of_eight_equals_eight_of_one(images):
             assert together[name][i].item() == pytest.approx(score.item(), abs=tolerance), name
 
 
+# ------------------------------------------------------------------------------------------------- ground truth
+
+
+def test_coherence_with_truth_equals_its_words():
+    features = smooth(6, 24, 32, seed=31)
+    segments = torch.zeros(24, 32, dtype=torch.long)  # a border of void around five segments of unequal area
+    segments[2:20, 2:9], segments[2:20, 9:12], segments[2:10, 12:30] = 7, 2, 900
+    segments[10:16, 12:30], segments[16:22, 12:30] = 4, 5
+    inside = (segments > 0).flatten().numpy()
+    flat, labels = features.flatten(1).T.double().numpy()[inside], segments.flatten().numpy()[inside]
+    norm = np.linalg.norm(flat, axis=1)
+    norm = (norm - norm.mean()) / norm.std(ddof=1)
+    shares = [(labels == value).mean() for value in np.unique(labels)]
+    means = [norm[labels == value].mean() for value in np.unique(labels)]
+    within = sum(s * norm[labels == value].var() for s, value in zip(shares, np.unique(labels), strict=True))
+    between = sum(s * (m - norm.mean()) ** 2 for s, m in zip(shares, means, strict=True))
+    points = (flat - flat.mean(0)) / (flat.std(0) + 1e-6)
+    spread = silhouette_score(PCA(6, svd_solver="full").fit_transform(points), labels)  # all 572 positions
+    got = metrics.coherence_with_truth(features[None], segments[None])
+    assert got["SFC_GT"].item() == pytest.approx(between / (between + within), abs=1e-4)
+    assert got["SCS_GT"].item() == pytest.approx((spread + 1) / 2, abs=1e-4)
+    assert got["SC_GT"].item() == pytest.approx((got["SFC_GT"] * got["SCS_GT"]).sqrt().item())
+    changed = torch.where(segments > 0, features, 9 * features.flip(2))  # void has no say
+    again = metrics.coherence_with_truth(changed[None], segments[None])
+    assert all(again[name].item() == pytest.approx(got[name].item(), abs=1e-5) for name in got)
+    alone = metrics.coherence_with_truth(features[None], (segments > 0).long()[None])  # one segment: nothing to compare
+    assert all(value.isnan().all() for value in alone.values())
+
+
 # ------------------------------------------------------------------------------------------------- controls
 
 
@@ -188,7 +218,6 @@ def test_noise_scores_zero_the_picture_clearly_more_the_shifted_picture_no_more_
                 for i, image in enumerate(images)
             ]
             means[source, stride], errors[source, stride] = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    print(means, errors)
     for stride in (4, 8, 16, 32):
         assert abs(means["noise", stride]) < 3 * errors["noise", stride], stride
         assert means["shifted", stride] < 3 * errors["shifted", stride], stride

@@ -55,7 +55,10 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
     folder = tmp_path / "run"
     said = stage("01_extract", "--data", data, "--run", folder, "--limit", 4)
     assert "4 pictures" in said and f"next: python 02_metrics.py --run {folder}" in said
-    said = stage("02_metrics", "--run", folder)
+    said = stage("02_metrics", "--run", folder, "--ground-truth")
+    found = json.loads((folder / "metrics.json").read_text())["ground_truth"]
+    assert f"Spearman's rho {found['rho']:.3f}" in said and found["maps"] == 4 * 2 * 4 and found["low"] < found["high"]
+    assert len((folder / "ground_truth.csv").read_text().splitlines()) == 1 + 4 * 2 * 4
     assert "shifted" in said and f"next: python 03_select.py --run {folder}" in said
     said = stage("03_select", "--run", folder, "--stride", 8)
     assert f"next: python 04_train.py --run {folder}" in said
@@ -65,7 +68,7 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
     assert "not on disk" in said and all(name in said for name in ("mIoU", "AP50", "PQ_th", "truck", "56.9"))
     for file in ("run.json", "metrics.csv", "metrics.json", "selection.json", "log.csv", "results.json", "results.md"):
         assert (folder / file).stat().st_size > 100, file
-    for file in ("features.png", "metrics.png", "loss.png", "predictions.png"):
+    for file in ("features.png", "metrics.png", "edges.png", "loss.png", "predictions.png"):
         assert Image.open(folder / file).size[0] > 500, file
     results = json.loads((folder / "results.json").read_text())
     assert list(results["benchmarks"]) == ["toycity"] and results["benchmarks"]["toycity"]["images"] == 2
@@ -123,6 +126,8 @@ def test_pictures_of_any_size_without_labels(stage, extract, tmp_path):
     assert "04_train.py needs labels" in said and "stride held fixed" in said
     with pytest.raises(UserError, match="without labels"):
         stage("04_train", "--run", tmp_path / "run")
+    with pytest.raises(UserError, match="without labels: --ground-truth"):
+        stage("02_metrics", "--run", tmp_path / "run", "--ground-truth")
 
 
 def test_random_weights_are_said_loudly_by_every_stage(stage, data, tmp_path):
