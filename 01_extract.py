@@ -208,6 +208,9 @@ def main():
         raise UserError(f"none of the {count} pictures of {root} can be used")
     settings = {"benchmark": benchmark, "data": str(args.data), "root": str(root), "images": names, "size": size}
     settings |= {"encoders": args.encoders, "weights": weights, "weights_from": origin, "seed": args.seed}
+    for encoder in args.encoders:  # a file that does not fit is refused before anything is written
+        if todo[encoder] and weights[encoder] not in ("pretrained", "none"):
+            load_encoder(encoder, weights[encoder])
     run.open_run(folder, settings, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
 
     # Whether the disk can take it
@@ -225,13 +228,14 @@ def main():
 
     # What was found
     print(f"\nmaps of {names[0]}")
-    print(f"{'encoder':<12} {'stride':>6} {'channels':>8} {'map':>11} {'mean':>9} {'std':>9}")
+    wide = max(12, *map(len, args.encoders))
+    print(f"{'encoder':<{wide}} {'stride':>6} {'channels':>8} {'map':>11} {'mean':>9} {'std':>9}")
     for encoder_name in args.encoders:
         random = "  RANDOM WEIGHTS" if weights[encoder_name] == "none" else ""
         for stride, feature in run.read_features(run.feature_path(folder, encoder_name, names[0])).items():
             c, h, w = feature.shape
             mean, std = feature.float().mean(), feature.float().std()
-            print(f"{encoder_name:<12} {stride:>6} {c:>8} {f'{h} x {w}':>11} {mean:>9.3f} {std:>9.3f}{random}")
+            print(f"{encoder_name:<{wide}} {stride:>6} {c:>8} {f'{h} x {w}':>11} {mean:>9.3f} {std:>9.3f}{random}")
     shown = names[:: max(1, len(names) // 3)][:3]
     figures.draw_features(
         folder / "features.png",

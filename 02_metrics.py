@@ -54,7 +54,7 @@ RESAMPLES = 1000  # bootstrap
 
 
 @torch.no_grad()
-def structural_coherence(features, seed=0):
+def structural_coherence(features, seed=0, components=None):
     """Score how far feature maps are made of large, distinct regions (paper, arXiv 2605.16864).
 
     features [B,C,H,W], any float type, any device. Returns {"SFC", "SCS", "SC"}, each float32 [B] in [0,1]:
@@ -65,12 +65,13 @@ def structural_coherence(features, seed=0):
 
     None of them changes when the channels are permuted or all features scaled; SFC stays when the features are rotated,
     SCS when each channel is scaled. Degenerate maps score 0. Every map of a batch is sampled at the same random
-    positions, drawn from `seed`: a map's score does not depend on what else is in the batch.
+    positions, drawn from `seed`: a map's score does not depend on what else is in the batch. components: what
+    components_of(features) gave, to spare computing them twice.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable = blank_degenerate(features)
         sfc = feature_contrast(torch.linalg.vector_norm(features, dim=1))
-        scs = clustering_score(features, seed)
+        scs = clustering_score(features, seed, components)
         scores = {"SFC": sfc, "SCS": scs, "SC": (sfc * scs).sqrt()}
     return {name: torch.where(usable, score, 0) for name, score in scores.items()}
 
@@ -85,6 +86,16 @@ def blank_degenerate(features):
     norm = torch.linalg.vector_norm(features, dim=1).flatten(1)  # [B,H*W]
     usable = norm.std(1) > 1e-4 * norm.mean(1)  # [B]
     return torch.where(usable[:, None, None, None], features, 0), usable
+
+
+def components_of(features):
+    """Principal components [B,H*W,<=32] of maps [B,C,H,W], for both scores; None where SCS samples the positions."""
+    with torch.autocast(features.device.type, enabled=False):
+        features, _ = blank_degenerate(features)
+        _, channels, height, width = features.shape
+        if height * width > POSITIONS:
+            return None
+        return principal_components(channels_standardised(features), min(DIMENSIONS, channels, height * width))
 
 
 def standardise(maps):
@@ -120,15 +131,18 @@ def principal_components(points, dimensions):
     return points @ directions[:, :, -dimensions:]
 
 
-def clustering_score(features, seed):
+def clustering_score(features, seed, components=None):
     """SCS of [B,C,H,W]: how well a map's positions fall into 6 to 10 clusters, by their silhouette."""
     batch, channels, height, width = features.shape
     if height * width < 8:
         return features.new_zeros(batch)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, for the same draws whatever the device
     chosen = torch.randperm(height * width, generator=generator)[:POSITIONS].to(features.device)
-    points = channels_standardised(features)[:, chosen]
-    points = principal_components(points, min(DIMENSIONS, channels, len(chosen)))  # [B,n,D]
+    if components is None:
+        points = channels_standardised(features)[:, chosen]
+        points = principal_components(points, min(DIMENSIONS, channels, len(chosen)))  # [B,n,D]
+    else:
+        points = components[:, chosen]
     silhouettes = []
     seeds = spread_seeds(points[:, : max(len(chosen) // COARSE, 512)], max(CLUSTERS), generator)  # [B,RESTARTS,k,D]
     for k in CLUSTERS:
@@ -227,7 +241,7 @@ def silhouette(points, labels, k):
 
 
 @torch.no_grad()
-def edge_fidelity(features, images):
+def edge_fidelity(features, images, components=None):
     """Score whether feature edges lie on the picture's edges and are sharp (paper, arXiv 2605.16864).
 
     features [B,C,H,W], any float type, any device; images [B,3,H0,W0] in [0,1], sRGB. Returns float32 [B] each:
@@ -243,6 +257,7 @@ def edge_fidelity(features, images):
 
     None of them changes when the channels are permuted or all features scaled. FC and SP stay when the features are
     rotated, the others when each channel is scaled. Degenerate maps, and maps under 3 pixels high or wide, score 0.
+    components: what components_of(features) gave, to spare computing them twice.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable = blank_degenerate(features)
@@ -250,7 +265,9 @@ def edge_fidelity(features, images):
         if min(height, width) < 3:
             return {name: features.new_zeros(batch) for name in SCORES[3:]}
         norm = torch.linalg.vector_norm(features, dim=1)  # [B,H,W]
-        component = principal_components(channels_standardised(features), 1).reshape(batch, height, width)
+        if components is None:
+            components = principal_components(channels_standardised(features), 1)
+        component = components[:, :, -1].reshape(batch, height, width)
         component = standardise(component)  # shares of its gradient are the same on any scale
 
         _, core, near = edge_zones(images.float(), (height, width))  # bool [B,H-2,W-2]
@@ -472,13 +489,14 @@ def summarise(values, sources, seed):
 
 def print_profiles(metrics):
     """The profile table: a row for each source and score, a column for each stride, controls last."""
-    print(f"\n{'source':14}{'score':14}" + "".join(f"{f'OS {stride}':>9}" for stride in STRIDES))
+    wide = max(14, *(len(source) + 2 for source in metrics["scores"]))
+    print(f"\n{'source':{wide}}{'score':14}" + "".join(f"{f'OS {stride}':>9}" for stride in STRIDES))
     for source, profile in metrics["scores"].items():
         for score in ("SC", "EF", "EF_RELEASED", "EF_CC", "EF_SHARE"):
             means = [profile[str(stride)][score]["mean"] for stride in STRIDES]
             digits = 3 if score in ("SC", "EF_SHARE") else 1
             cells = "".join(f"{'-' if mean is None else f'{mean:.{digits}f}':>9}" for mean in means)
-            print(f"{source if score == 'SC' else '':14}{score:14}{cells}")
+            print(f"{source if score == 'SC' else '':{wide}}{score:14}{cells}")
     print(f"means over {metrics['images']} images; {', '.join(CONTROLS)} are controls, no encoder")
     for encoder in metrics["random_weights"]:
         print(f"WARNING: {encoder} has RANDOM weights (--weights none): its numbers say nothing about the trained one")
@@ -500,7 +518,8 @@ def score_image(folder, settings, name, seed, device):
             native = {stride: features[None].to(device).float() for stride, features in native.items()}
             maps = pyramid(native, image.shape[2:])
         for stride in STRIDES:
-            scores = structural_coherence(maps[stride], seed) | edge_fidelity(maps[stride], image)
+            parts = components_of(maps[stride])
+            scores = structural_coherence(maps[stride], seed, parts) | edge_fidelity(maps[stride], image, parts)
             values.append([scores[score].item() for score in SCORES])
     return np.array(values).reshape(-1, len(STRIDES), len(SCORES))
 
@@ -584,7 +603,10 @@ def main():
         print(
             f"SC and SC_GT: Spearman's rho {found['rho']:.3f} ({interval}) over {found['maps']} maps (the paper: 0.726)"
         )
-    print(f"\nwrote metrics.csv, metrics.json, metrics.png and edges.png in {folder}")
+    truth = ", ground_truth.csv" if args.ground_truth else ""
+    print(f"\nwrote metrics.csv{truth}, metrics.json, metrics.png and edges.png in {folder}")
+    if (folder / "selection.json").is_file():
+        print("selection.json is older than these metrics: 03_select.py makes it anew, and marks it in metrics.png")
     print(f"next: {run.command('03_select.py', folder)}")
 
 

@@ -85,14 +85,15 @@ def mean_scores(values, weights, sources, score):
 def print_scores(metrics, overall, peaking):
     """The table behind the choice: one score averaged over strides, the other stride by stride, controls last."""
     strides = [str(stride) for stride in metrics["strides"]]
-    print(f"\n{'':16}{overall:>11}{peaking:>13}")
-    print(f"{'':16}{'mean':>11}    " + "".join(f"{f'OS {stride}':>9}" for stride in strides))
+    wide = max(16, *(len(source) + 2 for source in metrics["scores"]))
+    print(f"\n{'':{wide}}{overall:>11}{peaking:>13}")
+    print(f"{'':{wide}}{'mean':>11}    " + "".join(f"{f'OS {stride}':>9}" for stride in strides))
     for source, profile in metrics["scores"].items():
         means = [profile[stride][overall]["mean"] for stride in strides]
         cells = [None if None in means else np.mean(means), *(profile[stride][peaking]["mean"] for stride in strides)]
         mean, *cells = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
         kind = "   (control)" if source in metrics["controls"] else ""
-        print(f"{source:16}{mean:>11}    " + "".join(f"{cell:>9}" for cell in cells) + kind)
+        print(f"{source:{wide}}{mean:>11}    " + "".join(f"{cell:>9}" for cell in cells) + kind)
 
 
 # ---------------------------------------------------------------------------------------------- the stage
@@ -186,10 +187,11 @@ def main():
 
     others = f"highest peak of {peaking} among the others" if len(encoders) > 2 else "the only other encoder"
     reasons = (f"highest {overall}, mean over strides", others, f"peak of {peaking}")
+    wide = max(16, *(len(encoder) + 2 for encoder in encoders))
     chosen = (selection["master"], selection["auxiliary"], f"OS {selection['stride']}")
     print()
     for part, what, reason in zip(by_hand, chosen, reasons, strict=True):
-        print(f"{part:12}{what:16}{reason if by_hand[part] is None else 'chosen by hand'}")
+        print(f"{part:12}{what:{wide}}{reason if by_hand[part] is None else 'chosen by hand'}")
     fixed = f" ({', '.join(selection['chosen_by_hand'])} held fixed)" if selection["chosen_by_hand"] else ""
     print(
         f"the same pair in {stability['pair']:.0%} of {RESAMPLES} resamples of the {images} images, the same stride in "

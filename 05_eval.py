@@ -588,8 +588,11 @@ def compare(folders: list[Path]) -> str:
     """Tables of several runs' results; where the injected stride differs, its gain over no fusion beside the EF."""
     runs = []  # (folder, selection, model, benchmark, what else must agree for a fair comparison, scores)
     for folder in folders:
+        if not (folder / "results.json").is_file():
+            print(f"left out: {folder} has no results.json, which 05_eval.py writes for a trained run")
+            continue
         try:
-            results = run.read_stage(folder, "results.json", f"05_eval.py --run {folder}")
+            results = run.read_stage(folder, "results.json", "05_eval.py")
             selection = run.read_stage(folder, "selection.json", "03_select.py")
             for benchmark, entry in results["benchmarks"].items():
                 same = {
@@ -608,13 +611,15 @@ def compare(folders: list[Path]) -> str:
         return "-" if value is None else f"{value:{sign}.1f}"
 
     names = list(dict.fromkeys(name for *_, scores in runs for name in scores))
-    rows = [["run", "trained for", "scored on", "master", "auxiliary", "OS", "fusion", "modes", "steps", *names]]
-    for folder, _, model, benchmark, _, scores in sorted(runs, key=lambda entry: (entry[3], entry[2]["stride"])):
+    rows = [
+        ["run", "trained for", "scored on", "master", "auxiliary", "OS", "fusion", "modes", "steps", "images", *names]
+    ]
+    for folder, _, model, benchmark, same, scores in sorted(runs, key=lambda entry: (entry[3], entry[2]["stride"])):
         fused = model["fusion"] != "none"
         pair = [model["auxiliary"], str(model["stride"])] if fused else ["-", "-"]
         modes = f"{model['master_mode']}/{model['aux_mode']}" if fused else model["master_mode"]
         what = [str(folder), model["benchmark"], benchmark, model["master"], *pair, model["fusion"], modes]
-        rows.append([*what, str(model["steps"]), *(cell(scores.get(name)) for name in names)])
+        rows.append([*what, str(model["steps"]), str(same[1]), *(cell(scores.get(name)) for name in names)])
     report = [markdown(rows)]
 
     alone = {same: scores for _, _, model, _, same, scores in runs if model["fusion"] == "none"}
@@ -769,7 +774,9 @@ def main():
         print(f"wrote {folder}/submission/")
     if settings["fusion"] != "none":
         flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(settings["steps"]))
-        print(f"next: the master alone, to compare: {run.command('04_train.py', folder, *flags)}")
+        print(f"next: {run.command('04_train.py', folder, *flags)}   # the master alone, to compare")
+    else:
+        print("next: python 05_eval.py --compare runs/*")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as rle
 from torch.utils.data import Dataset
 
@@ -585,7 +585,8 @@ def _open(path: Path, read):
         with path.open("rb") as opened, Image.open(opened) as file:
             return read(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # missing, foreign, cut short
-        raise UserError(f"{path} cannot be read as a picture ({error})") from None
+        reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path} cannot be read as a picture ({reason})") from None
 
 
 def read_image(path: Path, turn: bool = True) -> torch.Tensor:

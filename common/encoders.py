@@ -302,17 +302,18 @@ def _library_names(encoder: Encoder, state: dict, path: Path) -> dict[str, torch
     convert = getattr(sys.modules[type(encoder.model).__module__], "checkpoint_filter_fn", None)  # timm's own
     if convert is None:
         return state
-    biased = any(value.any() for key, value in state.items() if key.endswith("qkv.bias"))
-    if biased and not any(key.endswith("qkv.bias") for key in encoder.model.state_dict()):
-        raise UserError(
-            f"{path} does not fit {encoder.name}: its qkv biases are not zero, as the LVD-1689M weights' are"
-        )
     given = {value.untyped_storage().data_ptr() for value in state.values()}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each zero bias that it skips
             found = convert(dict(state), encoder.model)
     except Exception:  # it trips over tensors of other shapes, which are named better as they are
         return state
+    wanted = encoder.model.state_dict()
+    biased = any(value.any() for key, value in state.items() if key.endswith("qkv.bias"))
+    if biased and all(key in found for key in wanted) and not any(key.endswith("qkv.bias") for key in wanted):
+        raise UserError(
+            f"{path} does not fit {encoder.name}: its qkv biases are not zero, as the LVD-1689M weights' are"
+        )
     for key, value in found.items():  # it would resample these to fit
         resizable = key.endswith(("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table"))
         if resizable and value.untyped_storage().data_ptr() not in given:

@@ -71,13 +71,18 @@ def draw_edges(path: Path, rows: list) -> None:
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(3.4 * columns, height), squeeze=False, dpi=130, layout="constrained"
     )
-    zones = {"core": COLOURS[0], "near": COLOURS[4], "far": COLOURS[3]}
+    zones = {  # what 02_metrics.py counts as such
+        "within 2 map pixels of the centreline (EC)": COLOURS[0],
+        "within 4 (NC)": COLOURS[4],
+        "far (FAR)": COLOURS[3],
+    }
     for (image, drawings), line in zip(rows, axes, strict=True):
         picture = image.permute(1, 2, 0).numpy()
         finest = max((centreline for _, centreline, _ in drawings), key=torch.numel)
         line[0].imshow(0.5 + 0.5 * picture, extent=(0, 1, 0, 1), aspect="auto")
         line[0].imshow(np.ma.masked_equal(finest.numpy(), 0), extent=(0, 1, 0, 1), aspect="auto", cmap="gray", vmin=1)
-        line[0].set_title("picture and centreline of its edges", fontsize=10)
+        finest_stride = round(image.shape[2] / (finest.shape[1] + 2))
+        line[0].set_title(f"picture, centreline of its edges at OS {finest_stride}", fontsize=10)
         palette = np.array([(1, 1, 1), *(matplotlib.colors.to_rgb(colour) for colour in zones.values())])
         for axis, (title, centreline, edges) in zip(line[1:], drawings, strict=True):
             shade = 0.82 * centreline.numpy()[..., None] * (edges.numpy() == 0)[..., None]
@@ -87,8 +92,8 @@ def draw_edges(path: Path, rows: list) -> None:
             axis.set_box_aspect(image.shape[1] / image.shape[2])
             axis.set_xticks([])
             axis.set_yticks([])
-    patches = [matplotlib.patches.Patch(color=colour, label=f"{zone} edges") for zone, colour in zones.items()]
-    patches.append(matplotlib.patches.Patch(color="0.8", label="centreline without an edge"))
+    patches = [matplotlib.patches.Patch(color=colour, label=zone) for zone, colour in zones.items()]
+    patches.append(matplotlib.patches.Patch(color="0.8", label="centreline, no edge there"))
     figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 

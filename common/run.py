@@ -148,6 +148,8 @@ def same_settings(what: Path, old: dict, new: dict, advice: str) -> None:
             if key == "images" and before:
                 unlike = [pair for pair in zip(before, value, strict=False) if pair[0] != pair[1]]
                 before, value = unlike[0] if len(before) == len(value) else (len(before), len(value))
+            elif isinstance(before, dict) and isinstance(value, dict):
+                before, value = ({k: d[k] for k in d if before.get(k) != value.get(k)} for d in (before, value))
             differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(value)}")
     if differ:
         raise UserError(f"{what} was made with other settings ({'; '.join(differ)}): {advice}")

@@ -205,7 +205,20 @@ def test_runs_are_compared_by_stride_with_the_ef_beside(stage, tmp_path):
     assert f"left out: {tmp_path}/bare/selection.json is missing" in said
     assert f"left out: {other}/results.json is of another version" in said
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("|")]
-    head = ["run", "trained for", "scored on", "master", "auxiliary", "OS", "fusion", "modes", "steps", "mIoU", "AP"]
+    head = [
+        "run",
+        "trained for",
+        "scored on",
+        "master",
+        "auxiliary",
+        "OS",
+        "fusion",
+        "modes",
+        "steps",
+        "images",
+        "mIoU",
+        "AP",
+    ]
     assert rows[0] == head and [row[5:8] for row in rows[2:10]].count(["-", "none", "ft"]) == 1
     gains = rows[10:]
     assert gains[0] == ["OS", "EF", "mIoU gained"]

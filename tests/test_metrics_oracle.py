@@ -176,6 +176,20 @@ def test_a_batch_of_eight_equals_eight_of_one(images):
             assert together[name][i].item() == pytest.approx(score.item(), abs=tolerance), name
 
 
+def test_components_computed_once_give_the_same_scores(images):
+    for features in (smooth(40, 32, 64, seed=3), smooth(600, 16, 32, seed=4), smooth(6, 80, 96, seed=5)):
+        parts = metrics.components_of(features[None])
+        assert (parts is None) == (features[0].numel() > metrics.POSITIONS)
+        shared = metrics.structural_coherence(features[None], 0, parts)
+        shared |= metrics.edge_fidelity(features[None], images[:1], parts)
+        for name, value in both(features[None], images[:1]).items():
+            tolerance = {"SCS": 0.01, "SC": 0.01}.get(name, 1e-2 if name.startswith("EF") else 1e-4)
+            assert shared[name].item() == pytest.approx(value.item(), abs=tolerance), name
+    broken = smooth(6, 32, 48)[None].clone()
+    broken[0, 2, 3, 4] = torch.nan
+    assert metrics.components_of(broken).isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------- ground truth
 
 

@@ -209,7 +209,7 @@ def test_weights_that_changed_since_stage_1_are_noticed(stage, data, tmp_path):
     stage("02_metrics", "--run", folder)
     stage("03_select", "--run", folder, "--stride", 8)
     save_file(load_encoder("tiny_vit", "none").model.state_dict(), file)
-    with pytest.raises(UserError, match="weights_from was .*mine.safetensors"):
+    with pytest.raises(UserError, match=r"weights_from was .\"tiny_vit\": [^,]*mine.safetensors"):
         stage("01_extract", *extract)
     with pytest.raises(UserError, match="tiny_vit was measured with other weights"):
         stage("04_train", "--run", folder, "--steps", 2)
