@@ -147,13 +147,20 @@ def clustering_score(features, seed, components=None):
     seeds = spread_seeds(points[:, : max(len(chosen) // COARSE, 512)], max(CLUSTERS), generator)  # [B,RESTARTS,k,D]
     for k in CLUSTERS:
         labels = kmeans(points, seeds[:, :, :k])  # [B,n]
-        # Evenly spaced picks from positions sorted by cluster, in random order within one, are a stratified sample.
-        order = labels.argsort(dim=1, stable=True)
-        picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
-        picks = order[:, picks.to(order.device)]  # [B,m]
+        picks = stratified(labels)  # [B,m]
         sample = points.gather(1, picks[..., None].expand(-1, -1, points.shape[2]))  # [B,m,D]
         silhouettes.append(silhouette(sample, labels.gather(1, picks), k))
     return (torch.stack(silhouettes).median(0).values + 1) / 2
+
+
+def stratified(labels):
+    """Places [B,m] of at most SILHOUETTE_POSITIONS of the labels [B,n], whose positions stand in random order.
+
+    Evenly spaced picks from positions sorted by label, in random order within one, are a stratified sample.
+    """
+    n = labels.shape[1]
+    picks = torch.linspace(0, n - 1, min(SILHOUETTE_POSITIONS, n)).round().long()
+    return labels.argsort(dim=1, stable=True)[:, picks.to(labels.device)]
 
 
 def distances(centres, points):
@@ -395,9 +402,7 @@ def coherence_with_truth(features, segments, seed=0):
         chosen = order[:POSITIONS]
         points = channels_standardised(channels[None, :, None])[:, chosen]
         points = principal_components(points, min(DIMENSIONS, len(channels), len(chosen)))
-        ranked = labels[chosen].argsort(stable=True)  # a sample stratified by segment, as in clustering_score
-        picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
-        picks = ranked[picks.to(ranked.device)]
+        picks = stratified(labels[chosen][None])[0]
         spread = silhouette(points[:, picks], labels[chosen][picks][None], k)[0]
         rows.append(torch.stack([between / (between + within), (spread + 1) / 2]))
     sfc, scs = torch.stack(rows).T
@@ -535,11 +540,11 @@ def edges_of(folder, settings, name, peaks, device):
     for encoder, stride in peaks.items():
         native = run.read_features(run.feature_path(folder, encoder, name))
         feature = pyramid({s: m[None].to(device).float() for s, m in native.items()}, image.shape[2:])[stride]
-        shares = edge_fidelity(feature, image)
+        component = principal_components(channels_standardised(feature), 1)  # [1,h*w,1]
+        shares = edge_fidelity(feature, image, component)
         size = feature.shape[2:]
         centreline, core, near = (zone[0] for zone in edge_zones(image, size))  # bool [h-2,w-2]
-        component = principal_components(channels_standardised(feature), 1).reshape(1, *size)
-        _, where = strongest(gradient(component)[:, 1:-1, 1:-1])
+        _, where = strongest(gradient(component.reshape(1, *size))[:, 1:-1, 1:-1])
         edges = torch.where(core, 1, torch.where(near, 2, 3)).flatten()
         kept = torch.zeros_like(edges).scatter(0, where[0], 1)
         edges = (edges * kept).view_as(core)

@@ -365,9 +365,6 @@ class Packed:
         self.ends = np.cumsum([len(piece) for piece in pieces])
         self.bytes = np.frombuffer(b"".join(pieces), np.uint8)
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
     def __getitem__(self, index: int):
         begin = self.ends[index - 1] if index else 0
         return pickle.loads(self.bytes[begin : self.ends[index]])  # written just above: no foreign pickle
