@@ -156,13 +156,17 @@ def need_disk(folder: Path, gigabytes: float) -> None:
 def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int) -> None:
     """One file a picture; one picture at a time, as a folder may hold many sizes."""
     loader = DataLoader(
-        pictures, batch_size=None, num_workers=workers, worker_init_fn=run.leave_interrupts_to_the_parent
+        pictures,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device == "cuda",
+        worker_init_fn=run.leave_interrupts_to_the_parent,
     )
     writing = deque()
     with ThreadPoolExecutor(1) as writer:  # the encoder goes on while files are written, a few pictures ahead at most
         for name, image in tqdm(loader, encoder.name, unit="picture"):
-            native = encoder(image[None].to(device))  # {stride: [1, C, h, w]}
-            maps = {str(s): feature[0].half().cpu().contiguous() for s, feature in native.items()}
+            native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
+            maps = {str(s): feature[0].half().contiguous() for s, feature in native.items()}
             writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps))
             if len(writing) > 4:
                 writing.popleft().result()
@@ -171,8 +175,10 @@ def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int
 
 
 def write(path: Path, maps: dict[str, torch.Tensor]) -> None:
+    """On a GPU, fetching the maps waits for it: here, in the background. Nothing else is computed here, as PyTorch would
+    start a second set of threads for this thread, and the two would get in each other's way."""
     with run.whole_file(path) as temporary:
-        save_file(maps, temporary)
+        save_file({stride: feature.cpu() for stride, feature in maps.items()}, temporary)
 
 
 def main():

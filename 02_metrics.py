@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common import run
 from common.benchmarks import open_split, read_image, resize_image, working_size
 from common.encoders import STRIDES, pyramid
-from common.figures import draw_edges, draw_profiles
+from common.figures import draw_profiles
 
 CONTROLS = ("noise", "image", "shifted")
 SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "EF_CC")
@@ -529,15 +529,15 @@ def score_image(folder, settings, name, seed, device):
     return np.array(values).reshape(-1, len(STRIDES), len(SCORES))
 
 
-def edges_of(folder, settings, name, peaks, device):
-    """A row of edges.png: the picture, and for each encoder at its stride its edges and the shares of their zones.
+def edges_of(folder, settings, name, stride, device):
+    """A row of stage 3's edges.png: a picture, and each encoder's edges at a stride with the shares of their zones.
 
-    peaks: {encoder: stride}. Returns (image [3,H,W], [(title, centreline bool [h,w], edges int [h,w])]), edges 0 for
-    none, 1 core, 2 near and 3 far.
+    Returns (image [3,H,W], [(title, centreline bool [h,w], edges int [h,w])]), edges 0 for none, 1 core, 2 near and
+    3 far.
     """
     image = resize_image(read_image(Path(settings["root"]) / name), settings["size"])[None].to(device)
     drawings = []
-    for encoder, stride in peaks.items():
+    for encoder in settings["encoders"]:
         native = run.read_features(run.feature_path(folder, encoder, name))
         feature = pyramid({s: m[None].to(device).float() for s, m in native.items()}, image.shape[2:])[stride]
         component = principal_components(channels_standardised(feature), 1)  # [1,h*w,1]
@@ -597,10 +597,6 @@ def main():
         metrics["ground_truth"] = compare_with_truth(folder, settings, data, sc, seed, args.device)
     run.write_json(folder / "metrics.json", metrics)
     draw_profiles(folder / "metrics.png", metrics)
-    ef = values[:, : len(encoders), :, SCORES.index("EF")].mean(0)  # [encoder, stride]
-    peaks = {encoder: STRIDES[row.argmax()] for encoder, row in zip(encoders, ef, strict=True)}
-    shown = names[:: max(1, len(names) // 3)][:3]
-    draw_edges(folder / "edges.png", [edges_of(folder, settings, name, peaks, args.device) for name in shown])
     print_profiles(metrics)
     if args.ground_truth:
         found = metrics["ground_truth"]
@@ -609,7 +605,7 @@ def main():
             f"SC and SC_GT: Spearman's rho {found['rho']:.3f} ({interval}) over {found['maps']} maps (the paper: 0.726)"
         )
     truth = ", ground_truth.csv" if args.ground_truth else ""
-    print(f"\nwrote metrics.csv{truth}, metrics.json, metrics.png and edges.png in {folder}")
+    print(f"\nwrote metrics.csv{truth}, metrics.json and metrics.png in {folder}")
     if (folder / "selection.json").is_file():
         print("selection.json is older than these metrics: 03_select.py makes it anew, and marks it in metrics.png")
     print(f"next: {run.command('03_select.py', folder)}")

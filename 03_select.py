@@ -10,15 +10,17 @@ highest peak of SC, and s* is the stride of that peak.
     python 03_select.py --score ef_share      # by EF corrected for chance, as a share of the image's own
     python 03_select.py --stride 8            # choose a part by hand
 
-Reads metrics.json and metrics.csv. Writes selection.json and draws the choice into metrics.png.
+Reads metrics.json and metrics.csv; run.json, features and pictures too for drawing three of them. Writes
+selection.json, edges.png (each encoder's edges at s*), and draws the choice into metrics.png.
 """
 
 import csv
+import importlib
 
 import numpy as np
 
 from common import run
-from common.figures import draw_profiles
+from common.figures import draw_edges, draw_profiles
 
 RESAMPLES = 1000  # bootstrap
 CLEAR = 0.975  # the share of resamples in which an EF must exceed the noise control's
@@ -184,6 +186,16 @@ def main():
     }
     run.write_json(folder / "selection.json", selection)
     draw_profiles(folder / "metrics.png", metrics, selection)
+    wrote = "selection.json, metrics.png"
+    try:
+        settings = run.read_stage(folder, "run.json", "01_extract.py")
+        shown = settings["images"][:: max(1, images // 3)][:3]
+        edges_of = importlib.import_module("02_metrics").edges_of  # as stage 2 measures them
+        rows = [edges_of(folder, settings, name, strides[at], args.device) for name in shown]
+        draw_edges(folder / "edges.png", rows)
+        wrote += ", edges.png"
+    except run.UserError as error:  # the choice needs neither features nor pictures, which may be gone by now
+        print(f"edges.png is not drawn: {error}")
 
     others = f"highest peak of {peaking} among the others" if len(encoders) > 2 else "the only other encoder"
     reasons = (f"highest {overall}, mean over strides", others, f"peak of {peaking}")
@@ -199,7 +211,7 @@ def main():
     )
     for warning in warnings:
         print(f"WARNING: {warning}")
-    print(f"\nwrote selection.json and metrics.png in {folder}")
+    print(f"\nwrote {wrote} in {folder}")
     if metrics["benchmark"]:
         print(f"next: {run.command('04_train.py', folder)}")
     else:

@@ -48,7 +48,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda") if cuda else ("cpu",), default="cuda" if cuda else "cpu")
-    parser.add_argument("--workers", type=positive, default=2, help="helpers beside the main process")
+    cores = min(8, os.cpu_count() or 2)
+    parser.add_argument("--workers", type=positive, default=cores, help="helpers beside the main process")
     return parser
 
 

@@ -61,7 +61,13 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
     assert len((folder / "ground_truth.csv").read_text().splitlines()) == 1 + 4 * 2 * 4
     assert "shifted" in said and f"next: python 03_select.py --run {folder}" in said
     said = stage("03_select", "--run", folder, "--stride", 8)
-    assert f"next: python 04_train.py --run {folder}" in said
+    assert f"next: python 04_train.py --run {folder}" in said and "edges.png" in said
+    settings = json.loads((folder / "run.json").read_text())
+    edges_of = importlib.import_module("02_metrics").edges_of
+    _, drawings = edges_of(folder, settings, settings["images"][0], 8, "cpu")
+    for encoder, (title, centreline, edges) in zip(settings["encoders"], drawings, strict=True):
+        assert title.startswith(f"{encoder}, OS 8") and edges.shape == centreline.shape == (62, 126)
+        assert (edges > 0).sum() == 782 and set(edges.unique().tolist()) <= {0, 1, 2, 3}  # a tenth of the pixels
     said = stage("04_train", "--run", folder, "--steps", 4, "--batch", 2)
     assert f"next: python 05_eval.py --run {folder}" in said and "M are frozen" in said
     said = stage("05_eval", "--run", folder, "--limit", 2)
