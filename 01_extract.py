@@ -175,8 +175,8 @@ def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int
 
 
 def write(path: Path, maps: dict[str, torch.Tensor]) -> None:
-    """On a GPU, fetching the maps waits for it: here, in the background. Nothing else is computed here, as PyTorch would
-    start a second set of threads for this thread, and the two would get in each other's way."""
+    """On a GPU, fetching the maps waits for it: here, in the background. Nothing else is computed here, as PyTorch
+    would start a second set of threads for this one, and the two would get in each other's way."""
     with run.whole_file(path) as temporary:
         save_file({stride: feature.cpu() for stride, feature in maps.items()}, temporary)
 

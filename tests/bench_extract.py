@@ -80,7 +80,7 @@ def main():
             print(f"{args.encoder}, {kind:24}{1000 * seconds / n:8.0f} ms a picture, {share:.1f} % of the throughput")
         cost = 100 * (1 - least["stage 1 without writing"] / least["stage 1"])
         print(f"writing costs {cost:.1f} % of the throughput")
-        print(f"a picture's files take the writing thread {1000 * np.median(writing):.0f} ms, waiting for a GPU included")
+        print(f"a picture takes the writing thread {1000 * np.median(writing):.0f} ms, waiting for a GPU included")
         command = [sys.executable, "01_extract.py", "--images", root, "--run", scratch, "--size", "512x1024"]
         command += ["--encoders", args.encoder, "--weights", "none", "--limit", str(n)]
         began = time.perf_counter()
