@@ -3,6 +3,7 @@
     python 01_extract.py                                                     the embedded benchmark, toycity
     python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        your own pictures, no labels needed
     python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
+    torchrun --nproc_per_node=4 -- 01_extract.py …                           the pictures shared by four GPUs
 
 Each picture is scaled to a working size and passes once through each encoder; only the native maps are stored, in
 float16. A picture whose file is already there and whole is skipped, so an interrupted run goes on where it stopped. A
@@ -100,7 +101,13 @@ def look_at(pictures: "Pictures", workers: int) -> tuple[dict[str, tuple[int, in
 
     with ThreadPoolExecutor(workers) as pool:
         found = list(
-            tqdm(pool.map(look, pictures.names), "reading", len(pictures), unit="picture", disable=not pictures.names)
+            tqdm(
+                pool.map(look, pictures.names),
+                "reading",
+                len(pictures),
+                unit="picture",
+                disable=not pictures.names or run.rank() > 0,
+            )
         )
     found = dict(zip(pictures.names, found, strict=True))
     reasons = {name: reason for name, reason in found.items() if isinstance(reason, str)}
@@ -164,7 +171,7 @@ def extract(encoder, pictures: Pictures, folder: Path, device: str, workers: int
     )
     writing = deque()
     with ThreadPoolExecutor(1) as writer:  # the encoder goes on while files are written, a few pictures ahead at most
-        for name, image in tqdm(loader, encoder.name, unit="picture"):
+        for name, image in tqdm(loader, encoder.name, unit="picture", disable=run.rank() > 0):
             native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
             maps = {str(s): feature[0].half().contiguous() for s, feature in native.items()}
             writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps))
@@ -183,6 +190,7 @@ def write(path: Path, maps: dict[str, torch.Tensor]) -> None:
 
 def main():
     args = parse_arguments()
+    run.join_processes(args.device)
     weights = choose_weights(args.encoders, args.weights)
 
     # Which pictures, evenly spaced over the sorted list
@@ -193,7 +201,8 @@ def main():
     else:
         benchmark = args.benchmark
         size = args.size or find_benchmark(benchmark).size
-        samples = open_split(benchmark, args.data, "train")
+        with run.first_process_first():  # toycity is drawn when it is first asked for
+            samples = open_split(benchmark, args.data, "train")
         root, names = samples.root, samples.names
         folder = args.run or Path("runs") / benchmark
     working_size(512, 512, size)  # refuses a --size that means nothing
@@ -206,7 +215,7 @@ def main():
     todo = {e: unfinished(folder, e, [name for name in names if name not in left_out]) for e in args.encoders}
     sizes, unusable = look_at(Pictures(root, sorted({name for e in todo for name in todo[e]}), size), args.workers)
     left_out |= unusable
-    todo = {encoder: [name for name in todo[encoder] if name not in left_out] for encoder in todo}
+    todo = {encoder: {name for name in todo[encoder] if name not in left_out} for encoder in todo}
     names = [name for name in names if name not in left_out]
     for reason in left_out.values():
         print(f"left out: {reason}")
@@ -217,7 +226,8 @@ def main():
     for encoder in args.encoders:  # a file that does not fit is refused before anything is written
         if todo[encoder] and weights[encoder] not in ("pretrained", "none"):
             load_encoder(encoder, weights[encoder])
-    run.open_run(folder, settings, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
+    with run.first_process_first():
+        run.open_run(folder, settings, shlex.join(["python", "01_extract.py", *sys.argv[1:]]))
 
     # Whether the disk can take it
     gigabytes = sum(bytes_to_write(sizes[n], find_encoder(e).channels) for e in todo for n in todo[e]) / 1e9
@@ -228,9 +238,13 @@ def main():
         run.seed_everything(args.seed)  # random weights are the same in every run
         if weights[encoder_name] == "none":
             print(f"WARNING: {encoder_name} has random weights; its maps say nothing about the trained model")
-        if todo[encoder_name]:
+        mine = [name for name in names[run.rank() :: run.world()] if name in todo[encoder_name]]
+        if mine:
             encoder = load_encoder(encoder_name, weights[encoder_name], args.device)
-            extract(encoder, Pictures(root, todo[encoder_name], size), folder, args.device, args.workers)
+            extract(encoder, Pictures(root, mine, size), folder, args.device, args.workers)
+    run.gather(None)  # all are done
+    if run.rank():
+        return
 
     # What was found
     print(f"\nmaps of {names[0]}")

@@ -3,18 +3,25 @@
     python 04_train.py                                       the selection of runs/toycity
     python 04_train.py --out runs/stride8 --stride 8         an ablation: other stride, own folder
     python 04_train.py --out runs/alone --fusion none        the master alone
+    python 04_train.py --steps 0                             only say what would be trained, on what, and how long
+    torchrun --nproc_per_node=8 -- 04_train.py …             on eight GPUs, each with an eighth of the batch
+    python 04_train.py --accumulate 8 …                      the same batch on one, in eight parts
 
 The master is fine-tuned at a tenth of the decoder's learning rate, the auxiliary stays frozen, and a Mask2Former
-decoder is trained from scratch on both: one stage, one loss. A training that was interrupted goes on with the same
-command from its last checkpoint, and ends at the same weights as one that was not.
+decoder is trained from scratch on both: one stage, one loss. A training that was interrupted, even killed, goes on with
+the same command from its last checkpoint, and ends at the same weights as one that was not (on GPUs: up to rounding).
 
 Reads run.json and selection.json of --run. Writes checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
 
+import contextlib
 import csv
 import dataclasses
 import os
+import signal
+import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from pycocotools import mask as rle
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import figures, run
 from common.benchmarks import open_split
 from common.encoders import weights_origin
-from common.model import LOSS_WEIGHTS, FusedModel, build_model
+from common.model import LOSS_WEIGHTS, PADDING, FusedModel, build_model
 from common.run import UserError
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -40,32 +49,54 @@ class Recipe:
     """How one benchmark is trained and at which size it is evaluated; pixels throughout."""
 
     steps: int
-    batch: int
-    learning_rate: float  # of the decoder
-    short_side: tuple[int, int]  # the image is scaled so that its short side falls between these
+    resize: tuple[int, int]  # the image is scaled so that a side falls between these
     crop: tuple[int, int]  # height and width, multiples of 32
-    test_size: str  # as --size of stage 1
-    width: int  # channels of the decoder
-    queries: int
-    encoder_layers: int  # of the pixel decoder
-    decoder_layers: int  # of the transformer decoder
-    heads: int
-    points: int  # sampled on each mask for the loss
-    vit_widths: tuple[int, int, int, int]  # of a ViT master's levels
-    master_rate: float = 0.1  # learning rate of the encoders relative to the decoder's; 1 where they start at random
+    test_size: str  # as working_size takes it
+    resized_side: str = "short"  # or "long"
+    colour_jitter: bool = False
+    batch: int = 16  # images a step, over all processes
+    learning_rate: float = 1e-4  # of the decoder
+    master_rate: float = 0.1  # of the encoders, relative to the decoder's; 1 where they start at random
+    drops: tuple[int, ...] = ()  # steps at which the rate falls to a tenth; none: it falls as (1 - step / steps)^0.9
     weight_decay: float = 0.05
     clip: float = 0.01  # norm of the whole model's gradient
-    save_every: int = 200
+    width: int = 256  # channels of the decoder
+    queries: int = 100
+    encoder_layers: int = 6  # of the pixel decoder
+    decoder_layers: int = 9  # of the transformer decoder
+    heads: int = 8
+    points: int = 12544  # sampled on each mask for the loss
+    vit_widths: tuple[int, int, int, int] = (128, 256, 512, 1024)  # of a ViT master's levels
+    save_every: int = 1000
 
 
+STREETS = Recipe(90_000, resize=(512, 2048), crop=(512, 1024), test_size="1024x2048", colour_jitter=True)
+COCO = Recipe(
+    368_750,
+    resize=(102, 2048),  # 0.1 to 2 times the crop: large-scale jitter
+    resized_side="long",
+    crop=(1024, 1024),
+    test_size="800/1333",
+    drops=(327_778, 355_092),
+    queries=200,
+)
 RECIPES = {
+    "cityscapes_semantic": STREETS,
+    "cityscapes_instance": STREETS,
+    "urbansyn_to_cityscapes_instance": STREETS,
+    "synscapes_to_cityscapes_instance": STREETS,
+    "synthia_to_cityscapes_instance": STREETS,
+    "coco_instance": COCO,
+    "coco_panoptic": COCO,
+    "ade20k_semantic": Recipe(160_000, (320, 1280), (640, 640), test_size="640", colour_jitter=True),
+    "kitti360_instance": Recipe(90_000, (376, 752), (384, 672), test_size="own", colour_jitter=True),
     "toycity": Recipe(
         steps=1200,
-        batch=4,
-        learning_rate=2e-3,
-        short_side=(208, 336),
+        resize=(208, 336),
         crop=(128, 256),
         test_size="256",
+        batch=4,
+        learning_rate=2e-3,
         width=64,
         queries=50,
         encoder_layers=2,
@@ -73,7 +104,8 @@ RECIPES = {
         heads=4,
         points=1024,
         vit_widths=(32, 64, 64, 128),
-    )
+        save_every=200,
+    ),
 }
 METHOD = ("replace", "ft", "fz")  # fusion, the master fine-tuned, the auxiliary frozen
 
@@ -90,10 +122,35 @@ def parse_arguments():
     )
     parser.add_argument("--master-mode", choices=("ft", "fz"), default="ft", help="fine-tuned or frozen")
     parser.add_argument("--aux-mode", choices=("ft", "fz"), default="fz", help="fine-tuned or frozen")
-    parser.add_argument("--steps", type=run.positive, help="instead of the recipe's")
-    parser.add_argument("--batch", type=run.positive, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's; 0: say what would be done, and stop")
+    parser.add_argument("--batch", type=run.positive, help="images a step, instead of the recipe's")
+    parser.add_argument("--accumulate", type=run.positive, default=1, help="parts of a batch, one after the other")
+    parser.add_argument("--learning-rate", type=float, help="of the decoder, instead of the recipe's")
+    parser.add_argument("--crop", metavar="HxW", help="instead of the recipe's, multiples of 32")
     parser.add_argument("--seed", type=int, help="(default: as in stage 1)")
     return parser.parse_args()
+
+
+def choose_recipe(args, name: str) -> Recipe:
+    """The benchmark's recipe with what the command line changes; UserError for what cannot be."""
+    recipe = RECIPES[name]
+    if args.steps and args.steps < 0 or args.learning_rate is not None and args.learning_rate <= 0:
+        raise UserError("--steps may not be negative, --learning-rate is above 0")
+    changes = {key: getattr(args, key) for key in ("steps", "batch", "learning_rate") if getattr(args, key)}
+    if args.steps:
+        changes["drops"] = tuple(round(drop * args.steps / recipe.steps) for drop in recipe.drops)
+    if args.crop:
+        sides = args.crop.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % 32 == 0 for side in sides):
+            raise UserError(f"--crop {args.crop}: expected HEIGHTxWIDTH in pixels, multiples of 32")
+        changes["crop"] = tuple(map(int, sides))
+    recipe = dataclasses.replace(recipe, **changes)
+    if recipe.batch % (run.world() * args.accumulate):
+        raise UserError(
+            f"a batch of {recipe.batch} cannot be shared evenly by {run.world()} processes with --accumulate "
+            f"{args.accumulate}: change --batch, --accumulate or the number of processes"
+        )
+    return recipe
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -102,7 +159,7 @@ def parse_arguments():
 class TrainCrops(Dataset):
     """An endless, shuffled, augmented stream over a data set: item n depends on the seed and n alone.
 
-    So the order does not change with the number of workers, and an interrupted training finds its place again.
+    So the order does not change with the number of workers or processes, and an interrupted training finds its place.
     """
 
     def __init__(self, samples: Dataset, recipe: Recipe, seed: int):
@@ -118,57 +175,123 @@ class TrainCrops(Dataset):
 
 
 def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
-    """Random scale, crop and flip. Masks are made after the crop; void and crowds get none.
+    """Random scale, crop, flip and colours. Masks are made after the crop; void and crowds get none.
 
-    Returns image float32 [3, h, w] in [0, 1], masks bool [S, h, w] and labels int64 [S], h and w the recipe's crop.
+    Returns image float32 [3, h, w] in [0, 1], masks bool [S, h, w], labels int64 [S], and the picture's name; h and w
+    the recipe's crop. Where a scaled image is smaller, it is padded below and to the right; no mask covers that.
     """
     height, width = sample["image"].shape[1:]
     crop_height, crop_width = recipe.crop
-    scale = rng.uniform(*recipe.short_side) / min(height, width)
+    scale = rng.uniform(*recipe.resize) / (min if recipe.resized_side == "short" else max)(height, width)
     # The crop is cut from the original and then scaled, which spares scaling what is cut away.
     box_height, box_width = min(height, round(crop_height / scale)), min(width, round(crop_width / scale))
-    size = (min(crop_height, round(height * scale)), min(crop_width, round(width * scale)))  # of the box once scaled
-    top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
-    image = TF.crop(sample["image"], top, left, box_height, box_width)
-    segments = TF.crop(sample["segments"], top, left, box_height, box_width)
-    image = TF.resize(image, size, antialias=True).float() / 255
-    segments = F.interpolate(segments[None, None].float(), size, mode="nearest-exact")[0, 0].int()
+    # the size of the box once scaled
+    size = (min(crop_height, max(1, round(height * scale))), min(crop_width, max(1, round(width * scale))))
+    box = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1), box_height, box_width
+    image = TF.resize(TF.crop(sample["image"], *box), size, antialias=True).float() / 255
+
+    labels, wanted = sample["labels"], ~sample["crowd"]
+    if "rles" in sample:  # masks that may overlap
+        codes = [code for code, kept in zip(sample["rles"], wanted.tolist(), strict=True) if kept]
+        planes = torch.from_numpy(rle.decode(codes)).permute(2, 0, 1) if codes else torch.zeros(0, height, width)
+        labels = labels[wanted]
+    else:
+        planes = sample["segments"][None].float()
+    planes = F.interpolate(TF.crop(planes, *box)[:, None], size, mode="nearest-exact")[:, 0]  # [S or 1, *size]
+
     if rng.random() < 0.5:
-        image, segments = image.flip(-1), segments.flip(-1)
-    padding = (0, crop_width - size[1], 0, crop_height - size[0])  # where the scaled image is smaller than the crop
-    image, segments = F.pad(image, padding), F.pad(segments, padding)
+        image, planes = image.flip(-1), planes.flip(-1)
+    if recipe.colour_jitter:
+        image = jitter_colours(image, rng)
+    padding = (0, crop_width - size[1], 0, crop_height - size[0])
+    image, planes = F.pad(image, padding, value=PADDING), F.pad(planes, padding)
 
-    present = segments.unique()
-    present = present[present > 0].long()
-    present = present[~sample["crowd"][present - 1]]
-    return {"image": image, "masks": segments == present[:, None, None], "labels": sample["labels"][present - 1]}
+    if "rles" in sample:
+        present = planes.flatten(1).any(1).nonzero()[:, 0]
+        masks = planes[present].bool()
+    else:
+        present = planes.unique().long() - 1
+        present = present[present >= 0]
+        present = present[wanted[present]]
+        masks = planes == present[:, None, None] + 1
+    return {"image": image, "masks": masks, "labels": labels[present], "name": sample["name"]}
 
 
-def collate(items: list[dict]) -> tuple[torch.Tensor, list, list]:
+def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue, each in half of the images, as SSD does (Liu et al. 2016).
+
+    image: float32 [3, h, w] in [0, 1]. Contrast comes before or after the colours.
+    """
+
+    def contrast(image: torch.Tensor) -> torch.Tensor:
+        return (image * rng.uniform(0.5, 1.5)).clamp(0, 1) if rng.random() < 0.5 else image
+
+    if rng.random() < 0.5:
+        image = (image + rng.uniform(-32, 32) / 255).clamp(0, 1)
+    contrast_first = rng.random() < 0.5
+    if contrast_first:
+        image = contrast(image)
+    if rng.random() < 0.5:
+        image = TF.adjust_saturation(image, rng.uniform(0.5, 1.5))
+    if rng.random() < 0.5:
+        image = TF.adjust_hue(image, rng.uniform(-0.1, 0.1))  # a tenth of the circle, 18 in OpenCV's half degrees
+    return image if contrast_first else contrast(image)
+
+
+def collate(items: list[dict]) -> tuple[torch.Tensor, list, list, list]:
     """Images become one tensor [B, 3, h, w]; masks and labels stay lists, each image has its own number."""
-    return torch.stack([i["image"] for i in items]), [i["masks"] for i in items], [i["labels"] for i in items]
+    masks, labels, names = ([item[key] for item in items] for key in ("masks", "labels", "name"))
+    return torch.stack([item["image"] for item in items]), masks, labels, names
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
 def make_optimiser(model: FusedModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; encoders at `master_rate` of the learning rate, no weight decay on norms, biases and embeddings."""
+    """AdamW; encoders at `master_rate` of the rate, no weight decay on norms, biases, embeddings, position tables."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = ("pos_embed", "rel_pos", "relative_position", "level_embed", "_token")
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             encoder = name.startswith(("pyramid.master.", "pyramid.auxiliary."))
-            table = id(parameter) in embeddings or any(word in name for word in ("pos_embed", "level_embed", "_token"))
+            table = id(parameter) in embeddings or any(word in name for word in tables)
             groups.setdefault((encoder, parameter.ndim > 1 and not table), []).append(parameter)
     return torch.optim.AdamW(
-        {
-            "params": parameters,
-            "rate": recipe.learning_rate * (recipe.master_rate if encoder else 1.0),
-            "weight_decay": recipe.weight_decay if decays else 0.0,
-        }
-        for (encoder, decays), parameters in groups.items()
+        [
+            {
+                "params": parameters,
+                "rate": recipe.learning_rate * (recipe.master_rate if encoder else 1.0),
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+            }
+            for (encoder, decays), parameters in groups.items()
+        ],
+        fused=next(model.parameters()).is_cuda,
     )
+
+
+def schedule(step: int, recipe: Recipe) -> float:
+    """What the learning rates are multiplied by in a step, counted from 0."""
+    if recipe.drops:
+        return 0.1 ** sum(step >= drop for drop in recipe.drops)
+    return (1 - step / recipe.steps) ** 0.9
+
+
+@contextlib.contextmanager
+def collect_signals():
+    """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        tqdm.write("stopping, once this step is done and saved", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(
@@ -180,13 +303,19 @@ def train(
     checkpoint: dict | None = None,
     device: str = "cpu",
     workers: int = 2,
-) -> None:
+    accumulate: int = 1,
+) -> int | None:
     """Train for the recipe's steps, or for what is left of them after `checkpoint` (see load_checkpoint).
 
-    settings: what decides the result, its seed among it; kept in the checkpoint. Leaves checkpoint.pt (model,
-    optimiser, step, settings), the one before it, and log.csv. Raises UserError when a loss is not finite.
+    settings: what decides the result, its seed among it; kept in the checkpoint. A step's batch is shared by all
+    processes, and by each cut into `accumulate` parts. Leaves checkpoint.pt, the one before it, and log.csv. Returns
+    the signal that ended it early, or None. Raises UserError when a loss is not finite.
     """
+    cuda = device == "cuda"
     model.to(device).train()
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32
+        model.to(memory_format=torch.channels_last)
     optimiser = make_optimiser(model, recipe)
     first = 0
     if checkpoint:
@@ -194,62 +323,150 @@ def train(
         optimiser.load_state_dict(checkpoint["optimiser"])
         first = checkpoint["step"]
         print(f"{folder / 'checkpoint.pt'} holds step {first} of {recipe.steps}: going on from there")
+    learner = model
+    if run.world() > 1:  # averages gradients over the processes
+        learner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    log = read_log(folder)[:first] if first else []
-    crops = TrainCrops(samples, recipe, settings["seed"])
+    # A batch is cut into parts, one for each process and turn; what is random in a part depends on its number alone.
+    parts = range(run.rank() * accumulate, (run.rank() + 1) * accumulate)  # of this process
+    size = recipe.batch // (run.world() * accumulate)  # images in a part
     loader = DataLoader(
-        crops,
-        recipe.batch,
-        sampler=range(first * recipe.batch, len(crops)),
+        TrainCrops(samples, recipe, settings["seed"]),
+        batch_sampler=(
+            range(step * recipe.batch + part * size, step * recipe.batch + (part + 1) * size)
+            for step in range(first, recipe.steps)
+            for part in parts
+        ),
         num_workers=workers,
         collate_fn=collate,
+        pin_memory=cuda,
         worker_init_fn=run.leave_interrupts_to_the_parent,
     )
-    bar = tqdm(loader, "training", initial=first, total=recipe.steps, unit="step")
-    for step, (images, masks, labels) in enumerate(bar, first):
-        started = time.perf_counter()
-        torch.manual_seed(settings["seed"] * 1_000_003 + step)  # the loss samples points: a resumed run draws the same
-        for group in optimiser.param_groups:
-            group["lr"] = group["rate"] * (1 - step / recipe.steps) ** 0.9
+    stream, recent = iter(loader), deque(maxlen=50)
+    bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=run.rank() > 0)
+    with collect_signals() as signals, open_log(folder, first) as log:
+        for step in bar:
+            began = time.perf_counter()
+            batch = [next(stream) for _ in parts]  # images [b, 3, h, w], masks, labels and names of each part
+            waiting = time.perf_counter() - began
+            for group in optimiser.param_groups:
+                group["lr"] = group["rate"] * schedule(step, recipe)
+            counts = sum(model.loss_counts(labels) for _, _, labels, _ in batch).to(device)
+            counts = run.sum_over_processes(counts).cpu() / (run.world() * accumulate)  # means over all parts
 
-        outputs = model(images.to(device))
-        try:
-            losses = model.losses(outputs, [m.to(device).float() for m in masks], [k.to(device) for k in labels])
-        except FloatingPointError as error:
-            raise UserError(f"training stopped at step {step}: {error}; {folder} keeps its last checkpoint") from None
-        loss = sum(losses.values())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+            terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
+            for part, (images, masks, labels, names) in zip(parts, batch, strict=True):
+                seed = settings["seed"] * 1_000_003 + step + (part << 40)
+                torch.manual_seed(seed)  # the loss samples points
+                images = images.to(device, non_blocking=True)
+                masks, labels = [m.to(device).float() for m in masks], [k.to(device) for k in labels]
+                problem = None
+                with contextlib.nullcontext() if part == parts[-1] or learner is model else learner.no_sync():
+                    with torch.autocast(device, torch.bfloat16, enabled=cuda):
+                        outputs = learner(images.to(memory_format=torch.channels_last) if cuda else images)
+                    try:
+                        losses = model.losses(outputs, masks, labels, counts)
+                    except FloatingPointError as error:
+                        problem = error
+                        content = {"images": images, "masks": masks, "labels": labels, "counts": counts}
+                        content |= {"names": names, "step": step, "seed": seed, "settings": settings}
+                        save_problem(folder, content | {"model": model.state_dict()})
+                    found = torch.tensor([problem is not None, len(signals)], device=device)
+                    failed, stop = run.sum_over_processes(found).tolist()  # all processes end together
+                    if failed:
+                        what = f"{problem}, images {', '.join(names)}" if problem else "see the other processes"
+                        raise UserError(
+                            f"training stopped in step {step + 1}: {what}; {folder}/nonfinite.pt reproduces it, "
+                            "the last checkpoint stays"
+                        )
+                    (sum(losses.values()) / accumulate).backward()
+                terms += torch.stack([value.detach() for value in losses.values()]) / accumulate
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
 
-        terms = {name: value.item() for name, value in losses.items()}
-        row = {"step": step + 1, "loss": loss.item(), **terms, "learning_rate": optimiser.param_groups[-1]["lr"]}
-        log.append(row | {"seconds": time.perf_counter() - started})
-        bar.set_postfix(loss=f"{sum(r['loss'] for r in log[-50:]) / len(log[-50:]):.2f}")
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            save_checkpoint(folder, model, optimiser, step + 1, settings, log)
+            terms = (run.sum_over_processes(terms) / run.world()).tolist()
+            seconds = time.perf_counter() - began
+            recent.append([sum(terms), *terms, seconds, waiting])
+            rate, memory = optimiser.param_groups[-1]["lr"], peak_memory(device)
+            log.writerow([step + 1, sum(terms), *terms, rate, seconds, waiting, recipe.batch / seconds, memory])
+            loss, *means, mean_seconds, mean_waiting = np.mean(recent, axis=0)
+            shown = " + ".join(f"{name} {mean:.2f}" for name, mean in zip(LOSS_WEIGHTS, means, strict=True))
+            shown = f"loss {loss:.2f} = {shown}, rate {rate:.1e}, {recipe.batch / mean_seconds:.1f} images/s"
+            shown += f", {memory:.1f} GB"
+            if mean_waiting > 0.1 * mean_seconds:
+                shown += f", {mean_waiting / mean_seconds:.0%} waiting for data: raise --workers"
+            bar.set_postfix_str(shown, refresh=False)
+            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps or stop:
+                save_checkpoint(folder, model, optimiser, step + 1, settings)
+            if stop:
+                return signals[0] if signals else signal.SIGTERM
+    return None
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, settings: dict, log: list[dict]) -> None:
-    """Bring log.csv up to date, write checkpoint.pt whole, and keep the one before it as checkpoint_previous.pt."""
-    with run.whole_file(folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, log[0])
-        writer.writeheader()
-        writer.writerows(log)
+def peak_memory(device: str) -> float:
+    """Of this process, in GB: on a GPU what tensors took there, else what it took of the machine's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return np.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+@contextlib.contextmanager
+def open_log(folder: Path, rows: int):
+    """log.csv, cut back to its first `rows`: what was done after the last checkpoint is done again. Yields a writer."""
+    path = folder / "log.csv" if run.rank() == 0 else Path(os.devnull)
+    if run.rank() == 0:
+        columns = ["step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds", "waiting", "images_per_second", "memory"]
+        lines = path.read_text().splitlines()[1 : 1 + rows] if rows and path.is_file() else []
+        with run.whole_file(path) as temporary:
+            temporary.write_text("\n".join([",".join(columns), *lines, ""]))
+    with open(path, "a", newline="", buffering=1) as file:
+        yield csv.writer(file, lineterminator="\n")
+
+
+def read_log(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of log.csv by name, one number a step; UserError if it is gone."""
+    path = folder / "log.csv"
+    try:
+        with open(path) as file:
+            columns = file.readline().strip().split(",")
+        return dict(zip(columns, np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T, strict=True))
+    except (OSError, ValueError):
+        raise UserError(f"training is complete, but {path} is gone or damaged: nothing to report or draw") from None
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, settings: dict) -> None:
+    """Write checkpoint.pt whole, and keep the one before it as checkpoint_previous.pt.
+
+    The step stands for the schedule, the place in the data and the random numbers: they follow from it and the seed.
+    """
+    if run.rank():
+        return
     content = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "settings": settings}
     path = folder / "checkpoint.pt"
+    for left in folder.glob(f".{path.name}.*.tmp"):  # by a process that was killed while it wrote
+        left.unlink()
     with run.whole_file(path) as temporary:
         torch.save(content, temporary)
         if path.is_file():
             os.replace(path, folder / "checkpoint_previous.pt")
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
-    if not (folder / "log.csv").is_file():
-        return []
-    with open(folder / "log.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+def save_problem(folder: Path, content: dict) -> None:
+    """Write nonfinite.pt, with which a step can be looked into:
+
+    saved = torch.load("nonfinite.pt", "cpu", weights_only=True)
+    model = build_model(saved["settings"], weights={})
+    model.load_state_dict(saved["model"])
+    torch.manual_seed(saved["seed"])
+    model.losses(model(saved["images"]), saved["masks"], saved["labels"], saved["counts"])
+    """
+    with run.whole_file(folder / "nonfinite.pt") as temporary:
+        torch.save(content, temporary)
 
 
 def load_checkpoint(folder: Path, settings: dict) -> dict | None:
@@ -267,16 +484,41 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     return None
 
 
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+def describe(model: FusedModel, samples: Dataset, settings: dict, recipe: Recipe, accumulate: int) -> None:
+    """What is trained, on what, and for how long."""
+    print(f"master      {settings['master']}, {'fine-tuned' if settings['master_mode'] == 'ft' else 'frozen'}")
+    if settings["fusion"] != "none":
+        mode = "fine-tuned" if settings["aux_mode"] == "ft" else "frozen"
+        print(f"auxiliary   {settings['auxiliary']}, {mode}, at stride {settings['stride']} by {settings['fusion']}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
+    print(f"parameters  {trainable:.2f} M learn, {frozen:.2f} M are frozen")
+    things = sum(settings["isthing"])
+    print(f"data        {len(samples)} images of {samples.root}, {len(settings['classes'])} classes, {things} things")
+    epochs = recipe.steps * recipe.batch / len(samples)
+    shared = f", in {run.world() * accumulate} parts" if run.world() * accumulate > 1 else ""
+    print(f"schedule    {recipe.steps} steps of {recipe.batch} images{shared}: {epochs:.1f} epochs")
+    drops = f"a tenth from steps {', '.join(map(str, recipe.drops))}" if recipe.drops else "falling to 0"
+    rates = f"{recipe.learning_rate:.1e}, encoders {recipe.learning_rate * recipe.master_rate:.1e}, {drops}"
+    print(f"rate        {rates}")
+    print(
+        f"pictures    {recipe.resized_side} side {recipe.resize[0]} to {recipe.resize[1]}, crops of "
+        f"{recipe.crop[0]} x {recipe.crop[1]}; evaluated at {recipe.test_size}"
+    )
+
+
 def main():
     args = parse_arguments()
+    run.join_processes(args.device)
     source = args.run
     asked = run.read_stage(source, "run.json", "01_extract.py")
     selection = run.read_stage(source, "selection.json", "03_select.py")
     name = asked["benchmark"]
     if name is None:
         raise UserError(f"{source} holds pictures without labels: training needs a run made with --benchmark")
-    if name not in RECIPES:
-        raise UserError(f"there is no training recipe for {name} yet; there is one for {', '.join(RECIPES)}")
 
     # What is trained: the selection, unless the command line says otherwise. Then it is another run, in its own folder.
     folder = args.out or source
@@ -289,11 +531,11 @@ def main():
         raise UserError(f"master and auxiliary are both {selection['master']}: choose two, or --fusion none")
     used = [selection["master"]] + ([selection["auxiliary"]] if args.fusion != "none" else [])
     weights = {encoder: asked["weights"].get(encoder, "pretrained") for encoder in used}
-    changes = {key: getattr(args, key) for key in ("steps", "batch") if getattr(args, key)}
+    recipe = choose_recipe(args, name)
     if weights[selection["master"]] == "none":
-        changes["master_rate"] = 1.0
-    recipe = dataclasses.replace(RECIPES[name], **changes)
-    samples = open_split(name, args.data or Path(asked["data"]), "train")
+        recipe = dataclasses.replace(recipe, master_rate=1.0)
+    with run.first_process_first():
+        samples = open_split(name, args.data or Path(asked["data"]), "train")
     settings = {key: selection[key] for key in ("master", "auxiliary", "stride")}
     settings |= {"benchmark": name, "fusion": args.fusion, "master_mode": args.master_mode, "aux_mode": args.aux_mode}
     origin = {encoder: weights_origin(encoder, weights[encoder]) for encoder in used}
@@ -307,36 +549,39 @@ def main():
     settings |= {"classes": [name for _, name, _ in samples.categories]}
     settings |= {"isthing": [isthing for _, _, isthing in samples.categories], **dataclasses.asdict(recipe)}
 
-    checkpoint = load_checkpoint(folder, settings)  # refuses a folder of other settings before anything is written
-    if folder.resolve() != source.resolve():
-        extraction = {key: value for key, value in asked.items() if key not in ("command", "versions")}
-        run.open_run(folder, extraction, asked["command"])
-        run.write_json(folder / "selection.json", selection)
-
     for encoder in used:
         if weights[encoder] == "none":
             print(f"WARNING: {encoder} starts from random weights")
     run.seed_everything(settings["seed"])
     model = build_model(settings, weights)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    what = f"{settings['master']} ({args.master_mode})"
-    if args.fusion != "none":
-        what += f", {settings['auxiliary']} ({args.aux_mode}) at stride {settings['stride']} by {args.fusion}"
-    print(f"{what}: {trainable / 1e6:.2f} M parameters learn, {frozen / 1e6:.2f} M are frozen; {len(samples)} images")
-    train(model, samples, recipe, settings, folder, checkpoint, args.device, args.workers)
+    describe(model, samples, settings, recipe, args.accumulate)
+    if args.steps == 0:
+        return
+
+    checkpoint = load_checkpoint(folder, settings)  # refuses a folder of other settings before anything is written
+    if folder.resolve() != source.resolve():
+        extraction = {key: value for key, value in asked.items() if key not in ("command", "versions")}
+        with run.first_process_first():
+            run.open_run(folder, extraction, asked["command"])
+            if run.rank() == 0:
+                run.write_json(folder / "selection.json", selection)
+    ended_by = train(model, samples, recipe, settings, folder, checkpoint, args.device, args.workers, args.accumulate)
+    if ended_by:
+        print(f"\ninterrupted; {folder}/checkpoint.pt is up to date, and the same command goes on from there")
+        sys.exit(128 + ended_by)
+    if run.rank():
+        return
 
     # What came of it
     log = read_log(folder)
-    if not log:
-        raise UserError(f"training is complete, but {folder}/log.csv is gone: nothing to report or draw")
-    figures.draw_loss(folder / "loss.png", log)
-    print(f"\n{'steps':>12} {'loss':>8} " + " ".join(f"{name:>14}" for name in LOSS_WEIGHTS) + f" {'s/step':>8}")
-    edges = sorted({0, len(log) // 4, len(log) // 2, 3 * len(log) // 4, len(log)})
+    figures.draw_loss(folder / "loss.png", log, ["loss", *LOSS_WEIGHTS])
+    print(f"\n{'steps':>15} {'loss':>8} " + " ".join(f"{name:>14}" for name in LOSS_WEIGHTS) + f" {'s/step':>8}")
+    count = len(log["step"])
+    edges = sorted({0, count // 4, count // 2, 3 * count // 4, count})
     for begin, end in zip(edges, edges[1:], strict=False):
-        mean = {key: np.mean([row[key] for row in log[begin:end]]) for key in log[0]}
+        mean = {name: column[begin:end].mean() for name, column in log.items()}
         terms = " ".join(f"{mean[name]:>14.3f}" for name in LOSS_WEIGHTS)
-        print(f"{f'{begin + 1}-{end}':>12} {mean['loss']:>8.3f} {terms} {mean['seconds']:>8.3f}")
+        print(f"{f'{begin + 1}-{end}':>15} {mean['loss']:>8.3f} {terms} {mean['seconds']:>8.3f}")
     print(f"\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
     print(f"next: {run.command('05_eval.py', folder)}")
 

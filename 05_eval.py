@@ -6,6 +6,7 @@
     python 05_eval.py --save-predictions                 in the forms that Cityscapes and COCO want, under submission/
     python 05_eval.py --images holiday/                  no scores: draw what the model sees on your own pictures
     python 05_eval.py --compare runs/*                   no model: one table of what several runs scored
+    torchrun --nproc_per_node=4 -- 05_eval.py …          the images shared by four GPUs
 
 One model answers up to three questions. Semantic: which class is each pixel? (mIoU) Instance: where is each thing, and
 how sure are we? (AP) Panoptic: one label for each pixel, things told apart. (PQ)
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -42,10 +44,10 @@ from common.benchmarks import (
     open_split,
     present,
     read_image,
-    resize_image,
     without_a_file_name,
+    working_size,
 )
-from common.model import FusedModel, build_model
+from common.model import PADDING, FusedModel, build_model
 from common.run import UserError
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -72,15 +74,19 @@ def parse_arguments():
 
 @torch.inference_mode()
 def predict(model: FusedModel, image: torch.Tensor, size: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """One image, uint8 [3, H, W], through the model at the working `size`.
+    """One image, uint8 [3, H, W], through the model at the working `size`, padded to multiples of 32.
 
     Returns class probabilities [Q, classes + 1], the last column no-object, and mask probabilities [Q, H, W] at the
     image's own size: the logits are enlarged, not the decisions.
     """
-    scaled = resize_image(image, size)[None].to(device)  # [1, 3, h, w]
-    class_logits, mask_logits = model(scaled)[-1]  # [1, Q, classes + 1], [1, Q, h/4, w/4]
-    masks = F.interpolate(mask_logits.float(), image.shape[1:], mode="bilinear", align_corners=False)
-    return class_logits[0].float().softmax(-1), masks[0].sigmoid_()
+    height, width = image.shape[1:]
+    h, w = working_size(height, width, size, multiple=1)
+    scaled = TF.resize(image, (h, w), antialias=True).float() / 255
+    scaled = F.pad(scaled, (0, -w % 32, 0, -h % 32), value=PADDING)[None].to(device)  # [1, 3, h', w']
+    class_logits, mask_logits = model(scaled)[-1]  # [1, Q, classes + 1], [1, Q, h'/4, w'/4]
+    padded = round(scaled.shape[2] * height / h), round(scaled.shape[3] * width / w)  # h' and w' in the image's pixels
+    masks = F.interpolate(mask_logits.float(), padded, mode="bilinear", align_corners=False)[0, :, :height, :width]
+    return class_logits[0].float().softmax(-1), masks.sigmoid_()
 
 
 def semantic(classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -173,6 +179,12 @@ class SemanticScore:
         for row, labels, edge in zip(self.boundary, (target, pred), edges, strict=True):
             row += np.bincount(labels[edge], minlength=size)
 
+    def merge(self, other: "SemanticScore") -> None:
+        """Add what another process counted on other images; the other scores have the same."""
+        self.confusion += other.confusion
+        self.near += other.near
+        self.boundary += other.boundary
+
     @staticmethod
     def is_boundary(labels: np.ndarray, distance: int) -> np.ndarray:
         """Pixels with another label, or the image's end, at most `distance` away in both axes: bool [H, W]."""
@@ -261,6 +273,13 @@ class CityscapesInstanceScore:
                 chosen = over.any(1) | false
                 self.scored[label, k].append((confidence[chosen], right[chosen]))
 
+    def merge(self, other: "CityscapesInstanceScore") -> None:
+        self.missed += other.missed
+        for key, scored in other.scored.items():
+            self.scored[key] += scored
+        for label, count in other.truths.items():
+            self.truths[label] += count
+
     @staticmethod
     def areas(mask: np.ndarray, places: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
         """How much of a mask, bool [H, W], lies on each of `count` places: float [count]."""
@@ -302,8 +321,7 @@ class CocoInstanceScore:
     """COCO's mask AP by pycocotools. annotations: path of a COCO instances JSON."""
 
     def __init__(self, annotations: Path):
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.truth = COCO(str(annotations))
+        self.annotations = annotations
         self.image_ids, self.detections = [], []
 
     def update(self, image_id: int, masks: torch.Tensor, category_ids: torch.Tensor, scores: torch.Tensor) -> None:
@@ -315,6 +333,10 @@ class CocoInstanceScore:
                 entry = {"image_id": image_id, "category_id": category, "segmentation": code, "score": score}
                 self.detections.append(entry)
 
+    def merge(self, other: "CocoInstanceScore") -> None:
+        self.image_ids += other.image_ids
+        self.detections = sorted(self.detections + other.detections, key=lambda entry: entry["image_id"])
+
     def as_results(self) -> list[dict]:
         """The detections in the form of COCO's results JSON."""
         return [
@@ -325,8 +347,9 @@ class CocoInstanceScore:
     def result(self) -> dict:
         """AP, AP50, AP75, APs, APm, APl and per_class (by name) in percent; NaN where there is no truth."""
         with contextlib.redirect_stdout(io.StringIO()):
-            found = self.truth.loadRes(self.detections) if self.detections else COCO()
-            evaluation = COCOeval(self.truth, found, "segm")
+            truth = COCO(str(self.annotations))
+            found = truth.loadRes(self.detections) if self.detections else COCO()
+            evaluation = COCOeval(truth, found, "segm")
             evaluation.params.imgIds = sorted(self.image_ids)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -337,7 +360,7 @@ class CocoInstanceScore:
         for index, category in enumerate(evaluation.params.catIds):
             values = precision[:, :, index][precision[:, :, index] > -1]
             ap = 100 * values.mean() if len(values) else np.nan
-            result["per_class"][self.truth.cats[category]["name"]] = float(ap)
+            result["per_class"][truth.cats[category]["name"]] = float(ap)
         return result
 
 
@@ -393,6 +416,11 @@ class PanopticScore:
             if p not in matched_pred and excused <= 0.5 * pred_area[p]:
                 self.fp[category] += 1
 
+    def merge(self, other: "PanopticScore") -> None:
+        for mine, theirs in ((self.iou, other.iou), (self.tp, other.tp), (self.fp, other.fp), (self.fn, other.fn)):
+            for category, value in theirs.items():
+                mine[category] += value
+
     def result(self) -> dict:
         """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; NaN, and left out, is a class that
         neither truth nor predictions hold: as in panopticapi, predictions of a class that is not there count."""
@@ -424,7 +452,8 @@ def evaluate(
     """Score a model on a validation split; `indices` picks images. Returns {task: that score's result}.
 
     The split's measures say which: mIoU, AP (Cityscapes' or KITTI-360's rules, COCO's on COCO) and PQ. With
-    `submission`, a folder, predictions are written there in the forms of Cityscapes and COCO.
+    `submission`, a folder, predictions are written there in the forms of Cityscapes and COCO. Several processes share
+    the images; all but the first return {}.
     """
     names = [name for _, name, _ in samples.categories]
     ids = torch.tensor([raw for raw, _, _ in samples.categories])
@@ -443,14 +472,14 @@ def evaluate(
         scores["panoptic"] = PanopticScore(categories)
 
     loader = DataLoader(
-        Subset(samples, range(len(samples)) if indices is None else indices),
+        Subset(samples, (range(len(samples)) if indices is None else indices)[run.rank() :: run.world()]),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=run.leave_interrupts_to_the_parent,
     )
     annotations = []  # COCO's panoptic form
     model.to(device).eval()
-    for sample in tqdm(loader, "evaluating", unit="image"):
+    for sample in tqdm(loader, "evaluating", unit="image", disable=run.rank() > 0):
         truth, stem = sample["truth"], Path(sample["name"]).with_suffix("").as_posix().replace("/", "__")
         if stem.endswith("_leftImg8bit"):  # Cityscapes looks for <city>_<sequence>_<frame>*
             stem = stem.rsplit("__", 1)[-1].removesuffix("_leftImg8bit")
@@ -479,6 +508,13 @@ def evaluate(
                 entry = {"image_id": sample["image_id"], "file_name": f"{stem}.png", "segments_info": segments}
                 annotations.append(entry)
 
+    counted = run.gather((scores, annotations))  # by each process
+    if not counted:
+        return {}
+    for theirs, more in counted[1:]:
+        annotations = sorted(annotations + more, key=lambda entry: entry["image_id"])
+        for task in scores:
+            scores[task].merge(theirs[task])
     if submission and "panoptic" in scores:
         run.write_json(submission / "panoptic.json", {"annotations": annotations})
     if submission and "instance" in scores and by_coco:
@@ -690,7 +726,7 @@ def draw_folder(model, settings: dict, task: str, pictures: Path, folder: Path, 
     """predictions/<picture>.png for each picture of a folder."""
     names = list_pictures(pictures)
     reasons = without_a_file_name(pictures, names)
-    for name in tqdm(names, "predicting", unit="picture"):
+    for name in tqdm(names[run.rank() :: run.world()], "predicting", unit="picture", disable=run.rank() > 0):
         try:
             if name in reasons:
                 raise UserError(reasons[name])
@@ -708,6 +744,7 @@ def main():
     if args.compare:
         print(compare(args.compare))
         return
+    run.join_processes(args.device)
     folder = args.run
     asked = run.read_stage(folder, "run.json", "01_extract.py")
     model, settings = load_trained(folder)
@@ -726,7 +763,8 @@ def main():
             continue
         seen.add(where)
         try:
-            splits[name] = open_fitting(name, data, settings)
+            with run.first_process_first():
+                splits[name] = open_fitting(name, data, settings)
         except UserError as error:
             if not args.all:
                 raise
@@ -740,14 +778,19 @@ def main():
         count = min(len(samples), args.limit or len(samples))
         indices = [i * len(samples) // count for i in range(count)]
         submission = folder / "submission" / name if args.save_predictions else None
-        if submission and submission.exists():
-            shutil.rmtree(submission)  # of an earlier model
+        with run.first_process_first():
+            if submission and submission.exists() and run.rank() == 0:
+                shutil.rmtree(submission)  # of an earlier model
         results = evaluate(model, samples, settings["test_size"], args.device, args.workers, indices, submission)
+        if not results:  # the first process reports for all
+            continue
         headlines[name] = headline(results, samples.categories)
         benchmarks[name] = {"images": count, "scores": headlines[name], **results}
         if not rows:
             chosen = [samples[index] for index in indices[:: max(1, count // 3)][:3]]
             rows = [drawing(model, settings, task, sample, args.device) for sample in chosen]
+    if run.rank():
+        return
     figures.draw_predictions(folder / "predictions.png", rows, settings["classes"])
 
     # What the model is, how it does, class by class, and beside the paper

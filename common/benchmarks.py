@@ -12,6 +12,7 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 
 import functools
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -609,21 +610,25 @@ def _rgb(file: Image.Image, turn: bool) -> np.ndarray:
     return np.array(file.convert("RGB"))
 
 
-def working_size(height: int, width: int, size: str) -> tuple[int, int]:
+def working_size(height: int, width: int, size: str, multiple: int = 32) -> tuple[int, int]:
     """Height and width, multiples of 32, at which a picture enters the encoders.
 
-    size: "512x1024", or "512": that short side with the aspect kept.
+    size: "512x1024"; "512": that short side with the aspect kept; "800/1333": the same, the long side at most 1333;
+    "own": as it is.
     """
+    if size == "own":
+        size = f"{height}x{width}"
+    separator = "x" if "x" in size else "/"
     try:
-        sides = [int(side) for side in size.split("x")]
+        sides = [int(side) for side in size.split(separator)]
     except ValueError:
         sides = []
     if len(sides) not in (1, 2) or min(sides) < 32:
         raise UserError(f"--size {size!r} is neither HEIGHTxWIDTH nor a short side, in pixels, at least 32")
-    if len(sides) == 1:
-        scale = sides[0] / min(height, width)
+    if separator == "/":
+        scale = min(sides[0] / min(height, width), sides[-1] / max(height, width) if len(sides) == 2 else math.inf)
         sides = [height * scale, width * scale]
-    return tuple(max(32, round(side / 32) * 32) for side in sides)
+    return tuple(max(multiple, round(side / multiple) * multiple) for side in sides)
 
 
 def resize_image(image: torch.Tensor, size: str) -> torch.Tensor:

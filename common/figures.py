@@ -101,14 +101,12 @@ def draw_edges(path: Path, rows: list) -> None:
 # ------------------------------------------------------------------------------------------------- loss.png
 
 
-def draw_loss(path: Path, log: list[dict]) -> None:
-    """The loss terms over the steps of log.csv: every step faint, a running mean of 50 on top."""
+def draw_loss(path: Path, log: dict[str, np.ndarray], terms: list[str]) -> None:
+    """These columns of log.csv over its steps: every step faint, a running mean of 50 on top."""
     figure, axis = plt.subplots(figsize=(7, 3.5), dpi=130, layout="constrained")
-    steps = [row["step"] for row in log]
-    for colour, term in zip(
-        COLOURS, [key for key in log[0] if key not in ("step", "learning_rate", "seconds")], strict=False
-    ):
-        values = np.array([row[term] for row in log])
+    steps = log["step"]
+    for colour, term in zip(COLOURS, terms, strict=False):
+        values = log[term]
         sums = np.concatenate([[0], np.cumsum(values)])
         window = np.minimum(np.arange(1, len(values) + 1), 50)
         ends = np.arange(1, len(values) + 1)

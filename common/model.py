@@ -15,6 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixe
 from common.encoders import STRIDES, Encoder, level, load_encoder, nearest_stride
 
 LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
+PADDING = 128 / 255  # grey, as detectron2 pads pictures below and to the right
 
 
 class FusedPyramid(nn.Module):
@@ -158,24 +159,42 @@ class FusedModel(nn.Module):
         classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
         return list(zip(classes, decoded.masks_queries_logits, strict=True))
 
-    def losses(self, outputs: list, masks: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def loss_counts(self, labels: list[torch.Tensor]) -> torch.Tensor:
+        """What the loss divides by, float32 [2]: the number of masks, and the weight of all queries' classes."""
+        queries = self.transformer.queries_embedder.num_embeddings
+        no_object = self.criterion.eos_coef  # the weight of a query that no mask is matched to
+        matched = sum(min(len(k), queries) for k in labels)
+        return torch.tensor([sum(map(len, labels)), matched + no_object * (len(labels) * queries - matched)])
+
+    def losses(
+        self, outputs: list, masks: list[torch.Tensor], labels: list[torch.Tensor], counts: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Weighted loss terms, each summed over the decoder's layers.
 
         outputs: what forward returned; masks: for each image float32 [S, H, W] of 0 and 1; labels: int64 [S].
-        An image may have no segment. Raises FloatingPointError for logits or losses that are not finite, which the
-        library's matcher would hide.
+        An image may have no segment. counts: where this is one of several parts of a batch, the mean of their
+        loss_counts; the parts' losses then average to that of the whole batch. Raises FloatingPointError for logits or
+        losses that are not finite, which the library's matcher would hide.
         """
-        for layer, pair in enumerate(outputs):
-            if not all(torch.isfinite(logits).all() for logits in pair):
+        outputs = [(class_logits.float(), mask_logits.float()) for class_logits, mask_logits in outputs]
+        finite = torch.stack([torch.stack([logits.isfinite().all() for logits in pair]).all() for pair in outputs])
+        for layer, fine in enumerate(finite.tolist()):
+            if not fine:
                 raise FloatingPointError(f"the logits of decoder layer {layer} are not finite")
         total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
         for class_logits, mask_logits in outputs:
             terms = self.criterion(mask_logits, class_logits, masks, labels)
             for name, weight in LOSS_WEIGHTS.items():
                 total[name] = total[name] + weight * terms[f"loss_{name}"]
-        for name, value in total.items():
-            if not math.isfinite(value.item()):
-                raise FloatingPointError(f"the {name} loss is {value.item()}")
+        if counts is not None:
+            least = torch.tensor([1.0, 0.0])  # the library divides by one mask where there is none
+            own, all_parts = torch.maximum(self.loss_counts(labels), least), torch.maximum(counts, least)
+            of_masks, of_classes = (own / all_parts).tolist()
+            shares = {"cross_entropy": of_classes, "mask": of_masks, "dice": of_masks}
+            total = {name: shares[name] * value for name, value in total.items()}
+        for name, value in zip(total, torch.stack(list(total.values())).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} loss is {value}")
         return total
 
 

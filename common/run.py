@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 
@@ -33,6 +34,8 @@ def start(main) -> None:
     """Run a stage's main(); a UserError or Ctrl-C ends it in one line, without a stack trace."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -61,8 +64,9 @@ def positive(text: str) -> int:
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
-    """For DataLoader's worker_init_fn: Ctrl-C reaches all processes, one of them is to answer it."""
+    """For DataLoader's worker_init_fn: Ctrl-C or a scheduler's SIGTERM reaches all processes, one is to answer it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end
 
 
@@ -70,6 +74,56 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries draw from the global generator
     torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+# `torchrun --nproc_per_node=N -- stage.py …` starts N of them; without it there is one, and all this does nothing.
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device: str) -> None:
+    """Meet the other processes, each with a GPU of its own where there are some; only the first one prints."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process has to do before the others do the same, on files that it makes for all."""
+    if rank():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0 and world() > 1:
+            dist.barrier()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value) -> list:
+    """Every process's value, to the first one; an empty list to the others."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -136,7 +190,7 @@ def open_run(folder: Path, settings: dict, made_by: str) -> None:
     if (folder / "run.json").is_file() and (folder / "features").is_dir():
         old = read_stage(folder, "run.json", "01_extract.py")
         same_settings(folder, old, settings, "give another --run, or delete it")
-    else:
+    elif rank() == 0:
         write_json(folder / "run.json", settings | {"command": made_by, "versions": versions()})
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run, toycity  # noqa: E402
-from common.benchmarks import TOYCITY, Cityscapes  # noqa: E402
+from common.benchmarks import TOYCITY, cityscapes  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 from common.model import build_model  # noqa: E402
 
@@ -53,11 +53,11 @@ def main():
     folder = args.folder or Path("runs") / f"pretrain_{args.encoder}"
 
     toycity.write(args.data / "toycity_pretrain", {"pretrain": args.scenes})
-    samples = Cityscapes(args.data / "toycity_pretrain", "pretrain", TOYCITY, "panoptic")
+    samples = cityscapes(args.data / "toycity_pretrain", "pretrain", TOYCITY, "panoptic")
     classes = [entry[1] for entry in TOYCITY]
     if args.encoder == "tiny_hiera":
         samples, classes = WithoutClasses(samples), ["segment"]
-    changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "short_side": (192, 384)}
+    changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "resize": (192, 384)}
     recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **changes)
     settings = {"master": args.encoder, "auxiliary": None, "stride": 16, "fusion": "none", "seed": args.seed}
     settings |= {"master_mode": "ft", "aux_mode": "fz", "classes": classes, **dataclasses.asdict(recipe)}

@@ -311,6 +311,12 @@ def test_the_real_layouts_traps_are_named(shelf, tmp_path):
 def test_pictures_are_scaled_to_multiples_of_32():
     assert benchmarks.working_size(427, 640, "512") == (512, 768)
     assert benchmarks.working_size(1024, 2048, "512x1024") == (512, 1024)
+    assert benchmarks.working_size(376, 1408, "own") == (384, 1408)
+    assert benchmarks.working_size(480, 640, "800/1333", multiple=1) == (800, 1067)
+    assert benchmarks.working_size(480, 1000, "800/1333", multiple=1) == (640, 1333)
+    for wrong in ("", "x", "12", "800/", "800/1333/2000", "512x", "0x64", "ours"):
+        with pytest.raises(UserError, match="neither HEIGHTxWIDTH nor a short side"):
+            benchmarks.working_size(480, 640, wrong)
     image = torch.full((3, 50, 70), 51, dtype=torch.uint8)
     scaled = resize_image(image, "64")
     assert scaled.shape == (3, 64, 96) and scaled.dtype == torch.float32

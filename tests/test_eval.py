@@ -3,6 +3,9 @@
 import importlib
 
 import torch
+import torch.nn.functional as F
+
+from common.model import PADDING
 
 stage5 = importlib.import_module("05_eval")
 
@@ -17,6 +20,25 @@ def queries(*entries, size=(8, 8)):
     for i, (_, begin, end) in enumerate(entries):
         masks[i, begin:end] = 0.9
     return classes, masks
+
+
+def test_predict_pads_and_gives_masks_in_the_images_own_pixels():
+    """The stand-in's mask logits are the picture's brightness: they must come back where they were."""
+    seen = []
+
+    def model(images):
+        seen.append(images)
+        return [(torch.zeros(1, 1, 3), 40 * (F.avg_pool2d(images[:, :1], 4) - 0.2))]
+
+    image = torch.zeros(3, 100, 150, dtype=torch.uint8)
+    image[:, 60:, :90] = 120
+    for size in ("own", "200", "200/260", "64", "96x160"):
+        classes, masks = stage5.predict(model, image, size, "cpu")
+        assert all(side % 32 == 0 for side in seen[-1].shape[2:])
+        assert masks.shape == (1, 100, 150) and classes.shape == (1, 3)
+        assert ((masks[0] > 0.5) == (image[0] > 0)).float().mean() > 0.97, size
+    height, width = seen[0].shape[2:]
+    assert (height, width) == (128, 160) and (seen[0][:, :, 100:] == PADDING).all()
 
 
 def test_semantic_adds_the_votes_of_queries():

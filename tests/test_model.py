@@ -143,6 +143,31 @@ def test_losses_refuse_what_is_not_finite_and_accept_an_empty_image():
         model.losses(outputs, masks, labels)
 
 
+def test_parts_of_a_batch_average_to_the_whole():
+    """Masks that are the same everywhere leave little to chance: the sampled points matter at the border alone."""
+    model = fused()
+    labels = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.zeros(0, dtype=torch.int64)]
+    masks = [torch.ones(len(k), 64, 96) for k in labels]
+    outputs = [(torch.randn(3, 8, 5), torch.randn(3, 8, 1, 1).expand(3, 8, 16, 24)) for _ in range(3)]
+    whole = model.losses(outputs, masks, labels)
+    parts = [slice(0, 1), slice(1, 2), slice(2, 3)]
+    counts = sum(model.loss_counts(labels[part]) for part in parts) / 3
+    assert counts.tolist() == pytest.approx([4 / 3, (4 + 0.1 * (24 - 4)) / 3])
+    found = [model.losses([(c[p], m[p]) for c, m in outputs], masks[p], labels[p], counts) for p in parts]
+    for name, value in whole.items():
+        tolerance = 1e-5 if name == "cross_entropy" else 0.03
+        torch.testing.assert_close(sum(part[name] for part in found) / 3, value, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("fusion", ["replace", "concat", "add", "none"])
+def test_a_batch_without_a_segment_reaches_every_parameter(fusion):
+    """Or a process with such a batch would keep the others waiting for its gradients."""
+    model = fused(fusion=fusion).train()
+    none = [torch.zeros(0, 64, 96)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2
+    sum(model.losses(model(some_batch()[0]), *none).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_the_loss_is_the_weighted_sum_of_the_library_terms():
     model = fused()
     images, masks, labels = some_batch()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -360,10 +361,54 @@ def test_panoptic_score_of_the_truth_is_100_and_of_nothing_0():
     assert perfect.result()["PQ"] == perfect.result()["SQ"] == 100 and nothing.result()["PQ"] == 0
 
 
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def in_parts(make, updates):
+    """What one score says of all updates, and three that share them and travel between processes."""
+    whole, parts = make(), [make() for _ in range(3)]
+    for i, update in enumerate(updates):
+        whole.update(*update)
+        parts[i % 3].update(*update)
+    first, *others = (pickle.loads(pickle.dumps(part)) for part in parts)
+    for other in others:
+        first.merge(other)
+    return whole.result(), first.result()
+
+
+def test_scores_of_parts_add_up_to_the_score_of_all(tmp_path):
+    rng = np.random.default_rng(4)
+    pairs = [(torch.from_numpy(random_labels(rng)), torch.from_numpy(random_labels(rng))) for _ in range(7)]
+    found = [in_parts(lambda: stage5.SemanticScore([name for _, name, _ in CITYSCAPES]), pairs)]
+    found.append(
+        in_parts(
+            lambda: stage5.CityscapesInstanceScore(THING_IDS),
+            [tuple(map(torch.from_numpy, (masks, labels, s, ids))) for ids, masks, labels, s in random_set(6, 30)],
+        )
+    )
+    segments = []
+    for _ in range(20):
+        true, true_segments = random_segments(rng)
+        segments.append((true.roll(1, 1), true_segments, true, true_segments))
+    found.append(in_parts(lambda: stage5.PanopticScore(CATEGORIES), segments))
+    masks = coco_truth(tmp_path / "truth.json")
+    updates = []
+    for image_id, entries in masks.items():
+        shifted = torch.tensor(np.array([m for m, _ in entries], bool).reshape(-1, *SIZE)).roll(1, -1)
+        labels = torch.tensor([label for _, label in entries], dtype=torch.int64)
+        updates.append((image_id, shifted, labels, torch.from_numpy(rng.random(len(entries)))))
+    found.append(in_parts(lambda: stage5.CocoInstanceScore(tmp_path / "truth.json"), updates))
+    for whole, parts in found:
+        assert whole.pop("per_class") == pytest.approx(parts.pop("per_class"), abs=1e-9, nan_ok=True)
+        assert whole == pytest.approx(parts, abs=1e-9, nan_ok=True)
+        assert 0 < next(iter(whole.values())) < 100
+
+
 # ---------------------------------------------------------------------------------------------- COCO
 
 
-def test_coco_ap_of_the_truth_is_100_and_falls_with_errors(tmp_path):
+def coco_truth(file):
+    """Write a COCO instances file of twelve images; returns {image id: [(mask, category id)]}."""
     images, annotations, masks = [], [], {}
     for i, (ids, *_) in enumerate(random_set(5, 12)):
         images.append({"id": 40 + i, "height": SIZE[0], "width": SIZE[1]})
@@ -375,8 +420,12 @@ def test_coco_ap_of_the_truth_is_100_and_falls_with_errors(tmp_path):
             annotations.append(entry | {"area": int(mask.sum()), "iscrowd": 0, "bbox": [0, 0, 1, 1]})
     names = {24: "person", 25: "rider", 26: "car", 29: "caravan", 33: "bicycle", 32: "absent"}
     categories = [{"id": raw, "name": name} for raw, name in names.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "truth.json").write_text(json.dumps(content))
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return masks
+
+
+def test_coco_ap_of_the_truth_is_100_and_falls_with_errors(tmp_path):
+    masks = coco_truth(tmp_path / "truth.json")
     results = {}
     for kind, shift in (("perfect", 0), ("shifted", 2), ("none", None)):
         score = stage5.CocoInstanceScore(tmp_path / "truth.json")

@@ -68,6 +68,9 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
     for encoder, (title, centreline, edges) in zip(settings["encoders"], drawings, strict=True):
         assert title.startswith(f"{encoder}, OS 8") and edges.shape == centreline.shape == (62, 126)
         assert (edges > 0).sum() == 782 and set(edges.unique().tolist()) <= {0, 1, 2, 3}  # a tenth of the pixels
+    said = stage("04_train", "--run", folder, "--steps", 0, "--accumulate", 2, "--out", tmp_path / "plan")
+    assert "16 images of" in said and "1200 steps of 4 images, in 2 parts: 300.0 epochs" in said
+    assert "M learn" in said and "next: " not in said and not (tmp_path / "plan").exists()
     said = stage("04_train", "--run", folder, "--steps", 4, "--batch", 2)
     assert f"next: python 05_eval.py --run {folder}" in said and "M are frozen" in said
     said = stage("05_eval", "--run", folder, "--limit", 2)

@@ -2,22 +2,31 @@
 
 import dataclasses
 import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle
 from torch.utils.data import DataLoader, Dataset
 
-from common.benchmarks import open_split
-from common.model import build_model
+from common.benchmarks import BENCHMARKS, open_split
+from common.model import LOSS_WEIGHTS, PADDING, build_model
 from common.run import UserError
+
+ROOT = Path(__file__).parents[1]
 
 stage4, stage5 = importlib.import_module("04_train"), importlib.import_module("05_eval")
 RECIPE = dataclasses.replace(
     stage4.RECIPES["toycity"],
     steps=6,
     batch=2,
-    short_side=(64, 64),
+    resize=(64, 64),
     crop=(64, 96),
     test_size="64x96",
     width=32,
@@ -34,6 +43,7 @@ class Shapes(Dataset):
 
     categories = [(1, "ground", False), (2, "sky", False), (3, "box", True), (4, "disc", True)]
     task = "panoptic"
+    root = Path("shapes")
 
     def __len__(self):
         return 8
@@ -66,13 +76,20 @@ def settings_for(recipe, **changes):
     return settings | dataclasses.asdict(recipe) | changes
 
 
-def train(folder, recipe=RECIPE, samples=None, **changes):
+def train(folder, recipe=RECIPE, samples=None, accumulate=1, **changes):
     settings = settings_for(recipe, **changes)
     torch.manual_seed(settings["seed"])
     model = build_model(settings, {"tiny_vit": "none", "tiny_hiera": "none"})
     checkpoint = stage4.load_checkpoint(folder, settings)
-    stage4.train(model, samples or Shapes(), recipe, settings, folder, checkpoint, workers=0)
+    model.ended_by = stage4.train(
+        model, samples or Shapes(), recipe, settings, folder, checkpoint, workers=0, accumulate=accumulate
+    )
     return model
+
+
+def losses(folder) -> list[tuple]:
+    log = stage4.read_log(folder)
+    return list(zip(log["step"], log["loss"], *(log[name] for name in LOSS_WEIGHTS), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -82,7 +99,7 @@ def test_masks_stay_on_what_they_mark():
     """In pictures whose colour is the segment's, every mask of a crop covers just that colour."""
     sample = Shapes()[0]
     sample["image"] = (40 * sample["segments"]).byte()[None].repeat(3, 1, 1)
-    recipe = dataclasses.replace(RECIPE, short_side=(60, 160))
+    recipe = dataclasses.replace(RECIPE, resize=(60, 160))
     seen = set()
     for seed in range(20):
         crop = stage4.augment(sample, recipe, np.random.default_rng(seed))
@@ -99,7 +116,7 @@ def test_augmentation_flips_half_and_scales_within_bounds():
     sample = Shapes()[0]
     sample["image"] = torch.arange(96, dtype=torch.uint8).expand(3, 64, 96).contiguous()  # brightness is the column
     flips, widths = 0, []
-    recipe = dataclasses.replace(RECIPE, short_side=(64, 128), crop=(64, 64))
+    recipe = dataclasses.replace(RECIPE, resize=(64, 128), crop=(64, 64))
     for seed in range(60):
         row = stage4.augment(sample, recipe, np.random.default_rng(seed))["image"][0, 32] * 255
         flips += bool(row[0] > row[-1])
@@ -117,18 +134,84 @@ def test_void_and_crowds_get_no_mask():
 
 
 def test_a_picture_smaller_than_the_crop_is_padded():
-    recipe = dataclasses.replace(RECIPE, short_side=(32, 32))
+    recipe = dataclasses.replace(RECIPE, resize=(32, 32))
     crop = stage4.augment(Shapes()[0], recipe, np.random.default_rng(0))
     assert crop["image"].shape == (3, 64, 96)
-    assert not crop["image"][:, 32:].any() and not crop["masks"][:, 32:].any() and not crop["masks"][:, :, 48:].any()
+    padded = torch.ones(64, 96, dtype=torch.bool)
+    padded[:32, :48] = False
+    assert (crop["image"][:, padded] == PADDING).all() and not (crop["image"] == PADDING)[:, ~padded].all()
+    assert not crop["masks"][:, padded].any() and crop["masks"][:, ~padded].sum(0).eq(1).all()
+
+
+def as_rles(sample):
+    """The same sample as COCO's instances come: a list of run-length codes in place of segments."""
+    masks = [(sample["segments"] == i + 1).numpy().astype(np.uint8) for i in range(len(sample["labels"]))]
+    codes = [rle.encode(np.asfortranarray(mask)) for mask in masks]
+    return {key: value for key, value in sample.items() if key != "segments"} | {"rles": codes}
+
+
+@pytest.mark.parametrize("side, resize", [("short", (40, 200)), ("long", (10, 400))])
+def test_run_length_codes_give_the_masks_of_segments(side, resize):
+    sample = Shapes()[1]
+    sample["crowd"][2] = True
+    recipe = dataclasses.replace(RECIPE, resize=resize, resized_side=side)
+    numbers = set()
+    for seed in range(30):
+        one, two = (stage4.augment(s, recipe, np.random.default_rng(seed)) for s in (sample, as_rles(sample)))
+        assert torch.equal(one["labels"], two["labels"]) and torch.equal(one["masks"], two["masks"])
+        assert torch.equal(one["image"], two["image"]) and two["masks"].dtype == torch.bool
+        numbers.add(len(two["labels"]))
+    assert 2 not in set(one["labels"].tolist()) and len(numbers) > 1  # some segments lie outside some crops
+
+
+def test_overlapping_masks_stay_whole_and_none_is_fine():
+    sample = as_rles(Shapes()[0])
+    sample["rles"] += [sample["rles"][2]]  # two things in one place
+    sample["labels"], sample["crowd"] = torch.tensor([0, 1, 2, 3, 3]), torch.zeros(5, dtype=torch.bool)
+    crop = stage4.augment(sample, RECIPE, np.random.default_rng(0))
+    assert torch.equal(crop["masks"][2], crop["masks"][4]) and crop["masks"][2].any()
+    empty = sample | {"rles": [], "labels": torch.zeros(0, dtype=torch.int64), "crowd": torch.zeros(0).bool()}
+    crop = stage4.augment(empty, RECIPE, np.random.default_rng(0))
+    assert crop["masks"].shape == (0, 64, 96) and crop["labels"].shape == (0,)
+    void = Shapes()[0]
+    void["segments"] *= 0
+    assert stage4.augment(void, RECIPE, np.random.default_rng(0))["masks"].shape == (0, 64, 96)
+
+
+def test_large_scale_jitter_goes_by_the_long_side():
+    """A picture of 60 x 120 at 0.5 to 2 times a crop of 96 x 96: what is not padded is as wide as drawn."""
+    recipe = dataclasses.replace(RECIPE, resize=(48, 192), resized_side="long", crop=(96, 96))
+    sample = Shapes()[0] | {"image": torch.zeros(3, 60, 120, dtype=torch.uint8)}
+    sample["segments"] = torch.ones(60, 120, dtype=torch.int32)
+    widths = []
+    for seed in range(60):
+        mask = stage4.augment(sample, recipe, np.random.default_rng(seed))["masks"][0]
+        width, height = mask.any(0).sum().item(), mask.any(1).sum().item()
+        drawn = np.random.default_rng(seed).uniform(48, 192)
+        assert abs(width - min(96, drawn)) <= 1 and abs(height - min(96, drawn / 2)) <= 1
+        widths.append(width)
+    assert min(widths) < 60 and widths.count(96) > 20
+
+
+def test_colours_change_in_half_of_the_images_and_stay_colours():
+    image = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0))
+    changed = [stage4.jitter_colours(image, np.random.default_rng(seed)) for seed in range(80)]
+    assert all(c.min() >= 0 and c.max() <= 1 and c.shape == image.shape for c in changed)
+    assert 1 <= sum(torch.equal(c, image) for c in changed) <= 15  # each of four changes stays out half of the time
+    assert torch.equal(changed[3], stage4.jitter_colours(image, np.random.default_rng(3)))
+    jittered = dataclasses.replace(RECIPE, colour_jitter=True)
+    for seed in range(5):
+        one, two = (stage4.augment(Shapes()[0], r, np.random.default_rng(seed)) for r in (RECIPE, jittered))
+        assert torch.equal(one["masks"], two["masks"])
 
 
 def test_the_stream_depends_on_the_seed_alone(data):
     recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=4, batch=4)
     crops = stage4.TrainCrops(open_split("toycity", data, "train"), recipe, seed=3)
     one, two = (list(DataLoader(crops, 4, num_workers=n, collate_fn=stage4.collate)) for n in (0, 2))
-    for (a, masks_a, _), (b, masks_b, _) in zip(one, two, strict=True):
+    for (a, masks_a, _, names), (b, masks_b, _, _) in zip(one, two, strict=True):
         assert torch.equal(a, b) and all(torch.equal(m, n) for m, n in zip(masks_a, masks_b, strict=True))
+        assert len(set(names)) == 4 and all(name.startswith("leftImg8bit/") for name in names)
     other = stage4.TrainCrops(crops.samples, recipe, seed=4)
     assert not torch.equal(crops[0]["image"], other[0]["image"])
 
@@ -140,7 +223,7 @@ def test_an_epoch_sees_every_picture_once():
 
         def __getitem__(self, index):
             seen.append(int(index))
-            return Shapes()[index]
+            return Shapes()[int(index)]
 
     seen = []
     crops = stage4.TrainCrops(Names(), RECIPE, seed=0)
@@ -148,6 +231,50 @@ def test_an_epoch_sees_every_picture_once():
         crops[n]
     epochs = [seen[0:5], seen[5:10], seen[10:15]]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def test_every_benchmark_has_a_recipe_of_full_size():
+    assert set(stage4.RECIPES) == set(BENCHMARKS)
+    for name, recipe in stage4.RECIPES.items():
+        assert all(side % 32 == 0 for side in recipe.crop) and len(recipe.crop) == 2, name
+        stage5.working_size(375, 1242, recipe.test_size)
+        if name != "toycity":
+            assert (recipe.batch, recipe.learning_rate, recipe.points, recipe.decoder_layers) == (16, 1e-4, 12544, 9)
+            assert recipe.queries == (200 if name.startswith("coco") else 100)
+
+
+def test_rates_fall_by_a_power_or_in_drops():
+    poly, drops = stage4.RECIPES["cityscapes_instance"], stage4.RECIPES["coco_panoptic"]
+    assert stage4.schedule(0, poly) == 1 and stage4.schedule(45_000, poly) == pytest.approx(0.5**0.9)
+    steps = (0, 327_777, 327_778, 355_091, 355_092, 368_749)
+    assert [stage4.schedule(step, drops) for step in steps] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--crop", "100x64"], "multiples of 32"),
+        (["--crop", "64"], "multiples of 32"),
+        (["--steps", "-1"], "not be negative"),
+        (["--learning-rate", "0"], "above 0"),
+        (["--batch", "3", "--accumulate", "2"], "a batch of 3 cannot be shared evenly"),
+    ],
+)
+def test_flags_that_cannot_be(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
+    with pytest.raises(UserError, match=message):
+        stage4.choose_recipe(stage4.parse_arguments(), "toycity")
+
+
+def test_flags_change_the_recipe_and_the_drops_move_along(monkeypatch):
+    flags = ["--steps", "1000", "--batch", "8", "--learning-rate", "2e-4", "--crop", "512x640", "--accumulate", "4"]
+    monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
+    recipe = stage4.choose_recipe(stage4.parse_arguments(), "coco_instance")
+    assert (recipe.steps, recipe.batch, recipe.learning_rate, recipe.crop) == (1000, 8, 2e-4, (512, 640))
+    assert recipe.drops == (889, 963)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -187,13 +314,92 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path):
     resumed = train(tmp_path / "parts")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    rows = [[(r["step"], r["loss"]) for r in stage4.read_log(tmp_path / part)] for part in ("whole", "parts")]
-    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "whole")) == 6
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == [
         "checkpoint.pt",
         "checkpoint_previous.pt",
         "log.csv",
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, number):
+    class Signalled(Shapes):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads == 5:  # in the third step
+                os.kill(os.getpid(), number)
+            return super().__getitem__(index)
+
+    before = signal.getsignal(number)
+    assert train(tmp_path, samples=Signalled()).ended_by == number
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert torch.load(tmp_path / "checkpoint_previous.pt", weights_only=True)["step"] == 2
+    assert train(tmp_path).ended_by is None
+    train(tmp_path / "whole")
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_killed_for_real_and_started_again_to_the_last_bit(data, tmp_path, stage):
+    """SIGKILL at random moments, while steps run and checkpoints are written; the same command then goes on."""
+    for stage_, *flags in (("01_extract", "--data", data, "--limit", 2), ("02_metrics",), ("03_select", "--stride", 8)):
+        stage(stage_, "--run", tmp_path / "run", *flags)
+    code = (
+        "import dataclasses, importlib, sys; from common import run; stage = importlib.import_module('04_train'); "
+        "stage.RECIPES['toycity'] = dataclasses.replace(stage.RECIPES['toycity'], batch=2, crop=(64, 96), "
+        "resize=(64, 96), save_every=2); run.start(stage.main)"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(out):
+        command = [sys.executable, "-c", code, "--run", tmp_path / "run", "--out", tmp_path / out, "--steps", "24"]
+        return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    delays, kills = np.random.default_rng(), 0
+    for _ in range(3):
+        process, log = start("killed"), tmp_path / "killed/log.csv"
+        before = log.read_bytes() if log.exists() else b""
+        while process.poll() is None and (not log.exists() or log.read_bytes() == before or log.stat().st_size < 200):
+            time.sleep(0.02)  # until it has done a step of its own
+        time.sleep(delays.uniform(0, 0.5))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    assert start("killed").wait() == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 24
+    whole, killed = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True) for out in ("whole", "killed"))
+    assert all(torch.equal(value, killed["model"][name]) for name, value in whole["model"].items())
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_batch_in_parts_is_the_batch(tmp_path):
+    """The same pictures, rates and averages; only the points that the loss samples differ."""
+    recipe = dataclasses.replace(RECIPE, batch=4, steps=3, points=4096)
+    train(tmp_path / "one", recipe)
+    train(tmp_path / "four", recipe, accumulate=4)
+    for one, four in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+        assert one == pytest.approx(four, rel=0.05)
+
+
+def test_bfloat16_follows_float32(tmp_path):
+    model = build_model(settings_for(RECIPE), {}).train()
+    sample = stage4.augment(Shapes()[0], RECIPE, np.random.default_rng(0))
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = model(sample["image"][None])
+        terms = model.losses(outputs, [sample["masks"].float()], [sample["labels"]])
+        assert all(value.dtype == torch.float32 for value in terms.values())
+        sum(terms.values()).backward()
+        found.append({name: value.item() for name, value in terms.items()})
+    assert outputs[0][1].dtype == torch.bfloat16  # the masks were made in it
+    assert found[0] == pytest.approx(found[1], rel=0.05) and found[0] != found[1]
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
@@ -215,9 +421,52 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     model = build_model(model_settings, {"tiny_vit": "none", "tiny_hiera": "none"})
     with torch.no_grad():
         model.class_predictor.weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="stopped at step 0: the logits of decoder layer 0 are not finite"):
+    with pytest.raises(UserError, match=r"in step 1: the logits of decoder layer 0 are not finite, images \d, \d;"):
         stage4.train(model, Shapes(), RECIPE, model_settings, tmp_path, workers=0)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("term", ["the logits of decoder layer 1 are", "the mask loss is"])
+def test_what_is_not_finite_can_be_looked_into(tmp_path, monkeypatch, term):
+    """In the fourth step something turns to NaN; the last good checkpoint stays, and the file tells the same again."""
+    settings = settings_for(RECIPE)
+    model = build_model(settings, {"tiny_vit": "none", "tiny_hiera": "none"})
+    inside, calls = model.forward if "logits" in term else model.criterion.forward, []
+
+    def spoilt(*given):
+        found = inside(*given)
+        calls.append(len(given))
+        if "logits" in term and len(calls) == 4:
+            with torch.no_grad():  # the weights themselves, as a bad step would leave them
+                next(model.transformer.decoder.mask_predictor.parameters()).fill_(torch.nan)
+            found = [found[0], *inside(*given)[1:]]
+        if "mask" in term and len(calls) > 9:  # three layers a step
+            found["loss_mask"] = found["loss_mask"] * torch.nan
+        return found
+
+    monkeypatch.setattr(model if "logits" in term else model.criterion, "forward", spoilt)
+    with pytest.raises(UserError, match=f"step 4: {term}.*nonfinite.pt reproduces it") as error:
+        stage4.train(model, Shapes(), RECIPE, settings, tmp_path, workers=0)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert len(losses(tmp_path)) == 3
+    saved = torch.load(tmp_path / "nonfinite.pt", "cpu", weights_only=True)
+    assert (
+        saved["step"] == 3
+        and saved["settings"] == settings
+        and all(name in str(error.value) for name in saved["names"])
+    )
+    again = build_model(saved["settings"], weights={})
+    again.load_state_dict(saved["model"])
+    torch.manual_seed(saved["seed"])
+    outputs = again.train()(saved["images"])
+    if "logits" in term:
+        with pytest.raises(FloatingPointError):
+            again.losses(outputs, saved["masks"], saved["labels"], saved["counts"])
+    else:  # here the loss alone was spoilt: the step as it should have been
+        found = again.losses(outputs, saved["masks"], saved["labels"], saved["counts"])
+        whole = train(tmp_path / "whole")
+        assert whole.ended_by is None
+        assert sum(found.values()).item() == pytest.approx(losses(tmp_path / "whole")[3][1], rel=1e-6)
 
 
 def test_a_checkpoint_gives_the_same_predictions(tmp_path):

@@ -1,0 +1,80 @@
+"""Several processes: torchrun with two of them on a CPU, against one."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import losses, train
+from two_processes import SMALL
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*words) -> str:
+    """Two processes; fails if one of them does, or if they wait for each other for ever."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one(tmp_path):
+    torchrun("tests/two_processes.py", tmp_path)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers["parameters"]) == 2 and len(set(answers["parameters"])) == 1
+    assert answers["gradients"] < 1e-6
+    assert answers["models"] == 32
+    # One process with the batch in two parts: the same pictures, the same points, sums in another order
+    train(tmp_path / "one", SMALL, accumulate=2)
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path), strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_stages_share_their_images(stage, data, tmp_path):
+    """Features, training and scores from two processes, with the stages' own commands, against one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ("--data", data, "--limit", 5, "--size", "128x256")
+    stage("01_extract", "--run", one, *flags)
+    said = torchrun("01_extract.py", "--run", two, *flags)
+    assert said.count("5 pictures") == 1 and said.count("next: ") == 1
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(two) for path in two.rglob("*.safetensors")) and len(files) == 10
+    for file in files:
+        for stride, feature in load_file(one / file).items():
+            torch.testing.assert_close(feature, load_file(two / file)[stride], rtol=2e-3, atol=2e-3)
+
+    stage("02_metrics", "--run", two)
+    stage("03_select", "--run", two, "--stride", 8)
+    said = torchrun("04_train.py", "--run", two, "--steps", 3, "--batch", 2)
+    assert "3 steps of 2 images, in 2 parts" in said and said.count("next: ") == 1
+    assert torch.load(two / "checkpoint.pt", weights_only=True)["step"] == 3
+    shutil.copytree(two, one, dirs_exist_ok=True)
+    stage("05_eval", "--run", one, "--limit", 5, "--save-predictions")
+    said = torchrun("05_eval.py", "--run", two, "--limit", 5, "--save-predictions")
+    assert said.count("next: ") == 1
+    results = [json.loads((folder / "results.json").read_text())["benchmarks"]["toycity"] for folder in (one, two)]
+    for task in ("semantic", "instance", "panoptic"):
+        per_class = [result[task].pop("per_class") for result in results]
+        assert per_class[0] == pytest.approx(per_class[1], rel=1e-6, nan_ok=True), task
+        assert results[0][task] == pytest.approx(results[1][task], rel=1e-6, nan_ok=True), task
+    assert results[0]["semantic"]["mIoU"] > 0 and results[0]["images"] == 5
+    names = [sorted(p.name for p in (folder / "submission").rglob("*.png")) for folder in (one, two)]
+    assert names[0] == names[1] and len(names[0]) > 10
+    entries = [json.loads((folder / "submission/toycity/panoptic.json").read_text()) for folder in (one, two)]
+    assert entries[0] == entries[1]
+
+
+def test_a_mistake_is_told_in_one_line_too(tmp_path):
+    with pytest.raises(AssertionError) as told:
+        torchrun("05_eval.py", "--run", tmp_path)
+    assert re.search(r"error: .*run\.json is missing: run `", str(told.value))
