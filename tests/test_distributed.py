@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from two_processes import SMALL
 ROOT = Path(__file__).parents[1]
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def torchrun(*words) -> str:
     """Two processes; fails if one of them does, or if they wait for each other for ever."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [*TORCHRUN, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -72,6 +74,21 @@ def test_stages_share_their_images(stage, data, tmp_path):
     assert names[0] == names[1] and len(names[0]) > 10
     entries = [json.loads((folder / "submission/toycity/panoptic.json").read_text()) for folder in (one, two)]
     assert entries[0] == entries[1]
+
+    # A scheduler's SIGTERM ends both after one and the same step, with a checkpoint; one process then goes on.
+    flags = ("--run", two, "--out", tmp_path / "ended", "--fusion", "none", "--batch", 2, "--steps", 30)
+    process = subprocess.Popen(
+        [*TORCHRUN, "04_train.py", *map(str, flags)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    log, deadline = tmp_path / "ended/log.csv", time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(60)
+    done = torch.load(tmp_path / "ended/checkpoint.pt", weights_only=True)["step"]
+    assert 3 <= done < 30 and done == len(losses(tmp_path / "ended"))
+    assert f"holds step {done} of 30: going on" in stage("04_train", *flags, "--accumulate", 2)
+    assert len(losses(tmp_path / "ended")) == 30
 
 
 def test_a_mistake_is_told_in_one_line_too(tmp_path):
