@@ -349,59 +349,69 @@ def train(
             began = time.perf_counter()
             batch = [next(stream) for _ in parts]  # images [b, 3, h, w], masks, labels and names of each part
             waiting = time.perf_counter() - began
-            for group in optimiser.param_groups:
-                group["lr"] = group["rate"] * schedule(step, recipe)
+            rates = [group["rate"] * schedule(step, recipe) for group in optimiser.param_groups]
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+            # Forward and backward, part by part; gradients are exchanged with the last one
             counts = sum(model.loss_counts(labels) for _, _, labels, _ in batch).to(device)
             counts = run.sum_over_processes(counts).cpu() / (run.world() * accumulate)  # means over all parts
-
-            terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
-            for part, (images, masks, labels, names) in zip(parts, batch, strict=True):
-                seed = settings["seed"] * 1_000_003 + step + (part << 40)
+            seeds = [settings["seed"] * 1_000_003 + step + (part << 40) for part in parts]
+            terms, problem = 0.0, None
+            for seed, part, (images, masks, labels, _) in zip(seeds, parts, batch, strict=True):
                 torch.manual_seed(seed)  # the loss samples points
                 images = images.to(device, non_blocking=True)
                 masks, labels = [m.to(device).float() for m in masks], [k.to(device) for k in labels]
-                problem = None
                 with contextlib.nullcontext() if part == parts[-1] or learner is model else learner.no_sync():
                     with torch.autocast(device, torch.bfloat16, enabled=cuda):
                         outputs = learner(images.to(memory_format=torch.channels_last) if cuda else images)
                     try:
                         losses = model.losses(outputs, masks, labels, counts)
                     except FloatingPointError as error:
-                        problem = error
-                        content = {"images": images, "masks": masks, "labels": labels, "counts": counts}
-                        content |= {"names": names, "step": step, "seed": seed, "settings": settings}
-                        save_problem(folder, content | {"model": model.state_dict()})
-                    found = torch.tensor([problem is not None, len(signals)], device=device)
-                    failed, stop = run.sum_over_processes(found).tolist()  # all processes end together
+                        problem = str(error)
+                    # One process that ended alone would leave the others waiting for its gradients.
+                    ends = torch.tensor([problem is not None, len(signals)], device=device)
+                    failed, stop = run.sum_over_processes(ends).tolist()
                     if failed:
-                        what = f"{problem}, images {', '.join(names)}" if problem else "see the other processes"
-                        raise UserError(
-                            f"training stopped in step {step + 1}: {what}; {folder}/nonfinite.pt reproduces it, "
-                            "the last checkpoint stays"
-                        )
+                        break
                     (sum(losses.values()) / accumulate).backward()
-                terms += torch.stack([value.detach() for value in losses.values()]) / accumulate
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                terms = terms + torch.stack([value.detach() for value in losses.values()]) / accumulate
+            if not failed:
+                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                problem = None if norm.isfinite() else "the gradient is not finite"
+            if problem:
+                file = save_problem(folder, model, settings, step, counts, seeds, batch)
+                names = ", ".join(name for *_, names in batch for name in names)
+                raise UserError(
+                    f"training stopped in step {step + 1}, images {names}: {problem}; {file} reproduces it, "
+                    "the last checkpoint stays"
+                )
+            if failed:
+                raise UserError(f"training stopped in step {step + 1}: another process says why")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
+            # Report, and save
             terms = (run.sum_over_processes(terms) / run.world()).tolist()
-            seconds = time.perf_counter() - began
+            seconds, memory = time.perf_counter() - began, peak_memory(device)
             recent.append([sum(terms), *terms, seconds, waiting])
-            rate, memory = optimiser.param_groups[-1]["lr"], peak_memory(device)
-            log.writerow([step + 1, sum(terms), *terms, rate, seconds, waiting, recipe.batch / seconds, memory])
-            loss, *means, mean_seconds, mean_waiting = np.mean(recent, axis=0)
-            shown = " + ".join(f"{name} {mean:.2f}" for name, mean in zip(LOSS_WEIGHTS, means, strict=True))
-            shown = f"loss {loss:.2f} = {shown}, rate {rate:.1e}, {recipe.batch / mean_seconds:.1f} images/s"
-            shown += f", {memory:.1f} GB"
-            if mean_waiting > 0.1 * mean_seconds:
-                shown += f", {mean_waiting / mean_seconds:.0%} waiting for data: raise --workers"
-            bar.set_postfix_str(shown, refresh=False)
-            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps or stop:
+            log.writerow([step + 1, sum(terms), *terms, rates[-1], seconds, waiting, recipe.batch / seconds, memory])
+            bar.set_postfix_str(progress(recent, rates[-1], recipe.batch, memory), refresh=False)
+            last = step + 1 == recipe.steps
+            if (step + 1) % recipe.save_every == 0 or last or stop:
                 save_checkpoint(folder, model, optimiser, step + 1, settings)
-            if stop:
+            if stop and not last:
                 return signals[0] if signals else signal.SIGTERM
     return None
+
+
+def progress(recent: deque, rate: float, batch: int, memory: float) -> str:
+    """What stands beside the bar, from the last rows: loss, its terms, seconds of a step, of these waiting for data."""
+    loss, *terms, seconds, waiting = np.mean(recent, axis=0)
+    terms = " + ".join(f"{name} {term:.2f}" for name, term in zip(LOSS_WEIGHTS, terms, strict=True))
+    shown = f"loss {loss:.2f} = {terms}, rate {rate:.1e}, {batch / seconds:.1f} images/s, {memory:.1f} GB"
+    share = waiting / seconds
+    return shown if share < 0.1 else f"{shown}, {share:.0%} of the time waiting for data: raise --workers"
 
 
 def peak_memory(device: str) -> float:
@@ -456,17 +466,22 @@ def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, settin
             os.replace(path, folder / "checkpoint_previous.pt")
 
 
-def save_problem(folder: Path, content: dict) -> None:
-    """Write nonfinite.pt, with which a step can be looked into:
+def save_problem(folder: Path, model: nn.Module, settings: dict, step: int, counts, seeds: list, batch: list) -> Path:
+    """Write nonfinite.pt, with which this process's share of a step can be looked into:
 
     saved = torch.load("nonfinite.pt", "cpu", weights_only=True)
     model = build_model(saved["settings"], weights={})
     model.load_state_dict(saved["model"])
-    torch.manual_seed(saved["seed"])
-    model.losses(model(saved["images"]), saved["masks"], saved["labels"], saved["counts"])
+    for seed, (images, masks, labels, names) in zip(saved["seeds"], saved["batch"]):
+        torch.manual_seed(seed)
+        losses = model.losses(model(images), [m.float() for m in masks], labels, saved["counts"])
+        sum(losses.values()).backward()
     """
-    with run.whole_file(folder / "nonfinite.pt") as temporary:
-        torch.save(content, temporary)
+    path = folder / ("nonfinite.pt" if run.rank() == 0 else f"nonfinite_{run.rank()}.pt")
+    content = {"settings": settings, "model": model.state_dict(), "step": step}
+    with run.whole_file(path) as temporary:
+        torch.save(content | {"counts": counts, "seeds": seeds, "batch": batch}, temporary)
+    return path
 
 
 def load_checkpoint(folder: Path, settings: dict) -> dict | None:

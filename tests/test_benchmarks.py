@@ -1,5 +1,6 @@
 """The readers, on scenes whose labels are known, and pictures on their way into the encoders."""
 
+import importlib
 import json
 import pickle
 
@@ -13,6 +14,8 @@ from pycocotools import mask as rle
 from common import benchmarks, toycity
 from common.benchmarks import BENCHMARKS, CITYSCAPES, TOYCITY, open_split, resize_image
 from common.run import UserError
+
+stage4 = importlib.import_module("04_train")
 
 
 @pytest.fixture
@@ -167,6 +170,21 @@ def test_every_data_set_is_read_back_pixel_for_pixel(shelf, name, part):
         else:
             assert not sample["crowd"].any()
     assert any(things for _, things in expected.values()) or name == "cityscapes_semantic"
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "toycity"])
+def test_every_data_set_can_be_trained_on(shelf, name):
+    """Its own recipe's augmentation gives crops whose masks are its segments, crowds and void left out."""
+    samples, recipe = open_split(name, shelf[0], "train"), stage4.RECIPES[name]
+    seen = set()
+    for n in range(3 * len(samples)):
+        sample = samples[n % len(samples)]
+        crop = stage4.augment(sample, recipe, np.random.default_rng(n))
+        assert crop["image"].shape == (3, *recipe.crop) and crop["masks"].shape == (len(crop["labels"]), *recipe.crop)
+        assert crop["masks"].flatten(1).any(1).all() and crop["name"] == sample["name"]
+        assert set(crop["labels"].tolist()) <= set(sample["labels"][~sample["crowd"]].tolist())
+        seen |= set(crop["labels"].tolist())
+    assert seen and max(seen) < len(samples.categories)
 
 
 def test_coco_keeps_its_ids_and_its_truth(shelf):

@@ -36,6 +36,10 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(answers["parameters"]) == 2 and len(set(answers["parameters"])) == 1
     assert answers["gradients"] < 1e-6
     assert answers["models"] == 32
+    first, second = answers["stopped"]
+    assert first == "training stopped in step 1: another process says why"
+    assert "cross_entropy loss is nan" in second and "nonfinite_1.pt" in second
+    assert answers["kept"] == ["log.csv", "nonfinite_1.pt"]
     # One process with the batch in two parts: the same pictures, the same points, sums in another order
     train(tmp_path / "one", SMALL, accumulate=2)
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path), strict=True):

@@ -76,7 +76,17 @@ def main():
             found = gradients(learner, model, *some_batch(2 * run.rank(), segments))
             assert all(grad is not None and grad.isfinite().all() for grad in found), (master, stride, fusion)
         answers["models"] += 1
-    dist.barrier()
+
+    # What is not finite in one of them stops both
+    model = build_model(settings, {})
+    if run.rank() == 1:
+        inside = model.criterion.forward
+        model.criterion.forward = lambda *given: {name: value * torch.nan for name, value in inside(*given).items()}
+    try:
+        stage4.train(model, Shapes(), SMALL, settings, folder / "stopped", workers=0)
+    except run.UserError as error:
+        answers["stopped"] = run.gather(str(error))
+    answers["kept"] = sorted(path.name for path in (folder / "stopped").iterdir())
     if run.rank() == 0:
         run.write_json(folder / "answers.json", answers)
     dist.destroy_process_group()
