@@ -676,8 +676,9 @@ def compare(folders: list[Path]) -> str:
         title = f"{auxiliary} injected into {model['master']}, against {model['master']} alone; scored on {same[0]}\n"
         if len({entry[1] for entry in entries}) > 2:
             efs = [entry[1] for entry in entries]
-            rhos = [stats.spearmanr(efs, [entry[3][name] for entry in entries]).statistic for name in shared]
-            rows.append(["rho", "", *("-" if np.isnan(rho) else f"{rho:.2f}" for rho in rhos)])
+            columns = [[entry[3][name] for entry in entries] for name in shared]
+            rhos = [stats.spearmanr(efs, c).statistic if len(set(c)) > 1 else None for c in columns]
+            rows.append(["rho", "", *("-" if rho is None else f"{rho:.2f}" for rho in rhos)])
             title += f"rho: Spearman's, of the gain with the {score} (the paper: 0.80)\n"
         report.append(f"{title}\n{markdown(rows)}")
     return "\n".join(report)
