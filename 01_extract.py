@@ -60,7 +60,7 @@ def parse_arguments():
     parser.add_argument(
         "--limit", type=run.positive, help="pictures, evenly spaced (default: 24 for toycity, else 200)"
     )
-    parser.add_argument("--size", help="HEIGHTxWIDTH, or a short side with the aspect kept (default: the benchmark's)")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: the benchmark's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     return parser.parse_args()
 
@@ -238,7 +238,7 @@ def main():
         run.seed_everything(args.seed)  # random weights are the same in every run
         if weights[encoder_name] == "none":
             print(f"WARNING: {encoder_name} has random weights; its maps say nothing about the trained model")
-        mine = [name for name in names[run.rank() :: run.world()] if name in todo[encoder_name]]
+        mine = [name for name in names if name in todo[encoder_name]][run.rank() :: run.world()]
         if mine:
             encoder = load_encoder(encoder_name, weights[encoder_name], args.device)
             extract(encoder, Pictures(root, mine, size), folder, args.device, args.workers)

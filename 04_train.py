@@ -9,7 +9,7 @@
 
 The master is fine-tuned at a tenth of the decoder's learning rate, the auxiliary stays frozen, and a Mask2Former
 decoder is trained from scratch on both: one stage, one loss. A training that was interrupted, even killed, goes on with
-the same command from its last checkpoint, and ends at the same weights as one that was not (on GPUs: up to rounding).
+the same command from its last checkpoint; on a CPU it ends at the same weights, to the last bit, as one that was not.
 
 Reads run.json and selection.json of --run. Writes checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
@@ -220,22 +220,19 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
 def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Brightness, contrast, saturation and hue, each in half of the images, as SSD does (Liu et al. 2016).
 
-    image: float32 [3, h, w] in [0, 1]. Contrast comes before or after the colours.
+    image: float32 [3, h, w] in [0, 1].
     """
-
-    def contrast(image: torch.Tensor) -> torch.Tensor:
-        return (image * rng.uniform(0.5, 1.5)).clamp(0, 1) if rng.random() < 0.5 else image
-
-    if rng.random() < 0.5:
-        image = (image + rng.uniform(-32, 32) / 255).clamp(0, 1)
-    contrast_first = rng.random() < 0.5
-    if contrast_first:
-        image = contrast(image)
-    if rng.random() < 0.5:
-        image = TF.adjust_saturation(image, rng.uniform(0.5, 1.5))
-    if rng.random() < 0.5:
-        image = TF.adjust_hue(image, rng.uniform(-0.1, 0.1))  # a tenth of the circle, 18 in OpenCV's half degrees
-    return image if contrast_first else contrast(image)
+    changes = [
+        lambda image: image + rng.uniform(-32, 32) / 255,
+        lambda image: TF.adjust_saturation(image, rng.uniform(0.5, 1.5)),
+        lambda image: TF.adjust_hue(image, rng.uniform(-0.1, 0.1)),  # of the circle; 18 in OpenCV's half degrees
+    ]
+    # contrast, before the colours or after them
+    changes.insert(rng.choice([1, 3]), lambda image: image * rng.uniform(0.5, 1.5))
+    for change in changes:
+        if rng.random() < 0.5:
+            image = change(image).clamp(0, 1)
+    return image
 
 
 def collate(items: list[dict]) -> tuple[torch.Tensor, list, list, list]:
@@ -281,12 +278,10 @@ def schedule(step: int, recipe: Recipe) -> float:
 def collect_signals():
     """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
     received = []
-
-    def receive(number, frame):
-        received.append(number)
-        tqdm.write("stopping, once this step is done and saved", file=sys.stderr)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:
@@ -321,8 +316,17 @@ def train(
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimiser.load_state_dict(checkpoint["optimiser"])
+        for group in optimiser.param_groups:  # the checkpoint may come from another kind of device
+            group["fused"] = cuda
+        for parameter, moments in optimiser.state.items():  # whose memory was laid out in another order
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+            moments["step"] = moments["step"].to(device)
         first = checkpoint["step"]
+        checkpoint.clear()  # it is as large as model and optimiser together
         print(f"{folder / 'checkpoint.pt'} holds step {first} of {recipe.steps}: going on from there")
+    if run.sum_over_processes(torch.tensor(first, device=device)).item() != first * run.world():
+        raise UserError(f"not all processes read the same checkpoint of {folder}: can all of them see the folder?")
     learner = model
     if run.world() > 1:  # averages gradients over the processes
         learner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -355,7 +359,9 @@ def train(
 
             # Forward and backward, part by part; gradients are exchanged with the last one
             counts = sum(model.loss_counts(labels) for _, _, labels, _ in batch).to(device)
-            counts = run.sum_over_processes(counts).cpu() / (run.world() * accumulate)  # means over all parts
+            counts = run.sum_over_processes(counts).cpu()
+            counts[0].clamp_(min=1)  # as the library divides by one mask where there is none
+            counts /= run.world() * accumulate  # means over all parts
             seeds = [settings["seed"] * 1_000_003 + step + (part << 40) for part in parts]
             terms, problem = 0.0, None
             for seed, part, (images, masks, labels, _) in zip(seeds, parts, batch, strict=True):
@@ -381,9 +387,12 @@ def train(
                 problem = None if norm.isfinite() else "the gradient is not finite"
             if problem:
                 file = save_problem(folder, model, settings, step, counts, seeds, batch)
+            if problem or failed:
+                run.gather(None)  # the first one to leave ends all the others
+            if problem:
                 names = ", ".join(name for *_, names in batch for name in names)
                 raise UserError(
-                    f"training stopped in step {step + 1}, images {names}: {problem}; {file} reproduces it, "
+                    f"training stopped in step {step + 1}, images {names}: {problem}; {file} holds what reproduces it, "
                     "the last checkpoint stays"
                 )
             if failed:
@@ -431,7 +440,8 @@ def open_log(folder: Path, rows: int):
     path = folder / "log.csv" if run.rank() == 0 else Path(os.devnull)
     if run.rank() == 0:
         columns = ["step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds", "waiting", "images_per_second", "memory"]
-        lines = path.read_text().splitlines()[1 : 1 + rows] if rows and path.is_file() else []
+        lines = path.read_text().splitlines()[1:] if rows and path.is_file() else []
+        lines = [line for line in lines if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= rows]
         with run.whole_file(path) as temporary:
             temporary.write_text("\n".join([",".join(columns), *lines, ""]))
     with open(path, "a", newline="", buffering=1) as file:
@@ -467,10 +477,11 @@ def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, settin
 
 
 def save_problem(folder: Path, model: nn.Module, settings: dict, step: int, counts, seeds: list, batch: list) -> Path:
-    """Write nonfinite.pt, with which this process's share of a step can be looked into:
+    """Write nonfinite.pt, with which this process's share of a step can be looked into. On a CPU it is the very step; a
+    GPU draws other points for the loss, and computes in bfloat16.
 
     saved = torch.load("nonfinite.pt", "cpu", weights_only=True)
-    model = build_model(saved["settings"], weights={})
+    model = build_model(saved["settings"], weights={}).train()
     model.load_state_dict(saved["model"])
     for seed, (images, masks, labels, names) in zip(saved["seeds"], saved["batch"]):
         torch.manual_seed(seed)
@@ -486,16 +497,18 @@ def save_problem(folder: Path, model: nn.Module, settings: dict, step: int, coun
 
 def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     """The folder's newest readable checkpoint, or None; UserError if it was made with other settings."""
-    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
-        if not (folder / name).is_file():
-            continue
+    paths = [folder / name for name in ("checkpoint.pt", "checkpoint_previous.pt")]
+    paths = [path for path in paths if path.is_file()]
+    for path in paths:
         try:
-            checkpoint = torch.load(folder / name, "cpu", weights_only=True)
+            checkpoint = torch.load(path, "cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
-            print(f"{folder / name} cannot be read ({type(error).__name__}): trying the one before it")
+            print(f"{path} cannot be read ({type(error).__name__})")
             continue
-        run.same_settings(folder / name, checkpoint["settings"], settings, "give another --out, or delete it")
+        run.same_settings(path, checkpoint["settings"], settings, "give another --out, or delete it")
         return checkpoint
+    if paths:
+        raise UserError(f"no checkpoint of {folder} can be read: move them away to start anew")
     return None
 
 
@@ -571,7 +584,7 @@ def main():
     model = build_model(settings, weights)
     describe(model, samples, settings, recipe, args.accumulate)
     if args.steps == 0:
-        return
+        return None
 
     checkpoint = load_checkpoint(folder, settings)  # refuses a folder of other settings before anything is written
     if folder.resolve() != source.resolve():
@@ -583,9 +596,9 @@ def main():
     ended_by = train(model, samples, recipe, settings, folder, checkpoint, args.device, args.workers, args.accumulate)
     if ended_by:
         print(f"\ninterrupted; {folder}/checkpoint.pt is up to date, and the same command goes on from there")
-        sys.exit(128 + ended_by)
+        return 128 + ended_by
     if run.rank():
-        return
+        return None
 
     # What came of it
     log = read_log(folder)
@@ -599,6 +612,7 @@ def main():
         print(f"{f'{begin + 1}-{end}':>15} {mean['loss']:>8.3f} {terms} {mean['seconds']:>8.3f}")
     print(f"\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
     print(f"next: {run.command('05_eval.py', folder)}")
+    return None
 
 
 if __name__ == "__main__":

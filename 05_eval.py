@@ -17,6 +17,7 @@ Reads run.json and checkpoint.pt. Writes results.json, results.md and prediction
 import contextlib
 import io
 import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -733,10 +734,11 @@ def draw_folder(model, settings: dict, task: str, pictures: Path, folder: Path, 
                 raise UserError(reasons[name])
             image = read_image(pictures / name)
         except UserError as error:
-            print(f"left out: {error}")
+            tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
         row = drawing(model, settings, task, {"image": image}, device)
         figures.draw_predictions(folder / "predictions" / f"{name.replace('/', '__')}.png", [row], settings["classes"])
+    run.gather(None)  # all are done
     print(f"wrote {folder}/predictions/")
 
 
@@ -780,8 +782,8 @@ def main():
         indices = [i * len(samples) // count for i in range(count)]
         submission = folder / "submission" / name if args.save_predictions else None
         with run.first_process_first():
-            if submission and submission.exists() and run.rank() == 0:
-                shutil.rmtree(submission)  # of an earlier model
+            if submission and run.rank() == 0:
+                shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
         results = evaluate(model, samples, settings["test_size"], args.device, args.workers, indices, submission)
         if not results:  # the first process reports for all
             continue

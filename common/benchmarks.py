@@ -12,7 +12,6 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 
 import functools
 import json
-import math
 import os
 import pickle
 from collections.abc import Callable
@@ -617,7 +616,7 @@ def working_size(height: int, width: int, size: str, multiple: int = 32) -> tupl
     "own": as it is.
     """
     if size == "own":
-        size = f"{height}x{width}"
+        size = f"{max(32, height)}x{max(32, width)}"
     separator = "x" if "x" in size else "/"
     try:
         sides = [int(side) for side in size.split(separator)]
@@ -626,7 +625,9 @@ def working_size(height: int, width: int, size: str, multiple: int = 32) -> tupl
     if len(sides) not in (1, 2) or min(sides) < 32:
         raise UserError(f"--size {size!r} is neither HEIGHTxWIDTH nor a short side, in pixels, at least 32")
     if separator == "/":
-        scale = min(sides[0] / min(height, width), sides[-1] / max(height, width) if len(sides) == 2 else math.inf)
+        scale = sides[0] / min(height, width)
+        if len(sides) == 2:
+            scale = min(scale, sides[1] / max(height, width))
         sides = [height * scale, width * scale]
     return tuple(max(multiple, round(side / multiple) * multiple) for side in sides)
 

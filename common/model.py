@@ -154,7 +154,8 @@ class FusedModel(nn.Module):
         Returns (class logits [B, Q, classes + 1], mask logits [B, Q, H/4, W/4]) of every decoder layer, the last one's
         last; the last class is no-object.
         """
-        pixels = self.pixel_decoder(self.pyramid(images), return_dict=True)
+        # In float32, for the position encodings take the maps' kind of number; autocast still computes in its own.
+        pixels = self.pixel_decoder([feature.float() for feature in self.pyramid(images)], return_dict=True)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
         classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
         return list(zip(classes, decoded.masks_queries_logits, strict=True))
@@ -173,8 +174,8 @@ class FusedModel(nn.Module):
 
         outputs: what forward returned; masks: for each image float32 [S, H, W] of 0 and 1; labels: int64 [S].
         An image may have no segment. counts: where this is one of several parts of a batch, the mean of their
-        loss_counts; the parts' losses then average to that of the whole batch. Raises FloatingPointError for logits or
-        losses that are not finite, which the library's matcher would hide.
+        loss_counts (of masks, at least one in all); the parts' losses then average to that of the whole batch. Raises
+        FloatingPointError for logits or losses that are not finite, which the library's matcher would hide.
         """
         outputs = [(class_logits.float(), mask_logits.float()) for class_logits, mask_logits in outputs]
         finite = torch.stack([torch.stack([logits.isfinite().all() for logits in pair]).all() for pair in outputs])
@@ -187,9 +188,9 @@ class FusedModel(nn.Module):
             for name, weight in LOSS_WEIGHTS.items():
                 total[name] = total[name] + weight * terms[f"loss_{name}"]
         if counts is not None:
-            least = torch.tensor([1.0, 0.0])  # the library divides by one mask where there is none
-            own, all_parts = torch.maximum(self.loss_counts(labels), least), torch.maximum(counts, least)
-            of_masks, of_classes = (own / all_parts).tolist()
+            own = self.loss_counts(labels)
+            own[0].clamp_(min=1)  # the library divides by one mask where there is none
+            of_masks, of_classes = (own / counts).tolist()
             shares = {"cross_entropy": of_classes, "mask": of_masks, "dice": of_masks}
             total = {name: shares[name] * value for name, value in total.items()}
         for name, value in zip(total, torch.stack(list(total.values())).tolist(), strict=True):

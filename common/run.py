@@ -31,11 +31,12 @@ class UserError(Exception):
 
 
 def start(main) -> None:
-    """Run a stage's main(); a UserError or Ctrl-C ends it in one line, without a stack trace."""
+    """Run a stage's main(), which may return an exit code; a UserError or Ctrl-C ends it in one line."""
     try:
-        main()
+        code = main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        sys.exit(code)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -51,8 +52,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda") if cuda else ("cpu",), default="cuda" if cuda else "cpu")
-    cores = min(8, os.cpu_count() or 2)
-    parser.add_argument("--workers", type=positive, default=cores, help="helpers beside the main process")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share the machine
+    parser.add_argument(
+        "--workers", type=positive, default=max(1, min(8, cores)), help="helpers beside the main process"
+    )
     return parser
 
 

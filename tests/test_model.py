@@ -151,7 +151,7 @@ def test_parts_of_a_batch_average_to_the_whole():
     outputs = [(torch.randn(3, 8, 5), torch.randn(3, 8, 1, 1).expand(3, 8, 16, 24)) for _ in range(3)]
     whole = model.losses(outputs, masks, labels)
     parts = [slice(0, 1), slice(1, 2), slice(2, 3)]
-    counts = sum(model.loss_counts(labels[part]) for part in parts) / 3
+    counts = sum(model.loss_counts(labels[part]) for part in parts) / 3  # four masks in three parts
     assert counts.tolist() == pytest.approx([4 / 3, (4 + 0.1 * (24 - 4)) / 3])
     found = [model.losses([(c[p], m[p]) for c, m in outputs], masks[p], labels[p], counts) for p in parts]
     for name, value in whole.items():

@@ -377,15 +377,23 @@ def test_killed_for_real_and_started_again_to_the_last_bit(data, tmp_path, stage
 
 
 def test_a_batch_in_parts_is_the_batch(tmp_path):
-    """The same pictures, rates and averages; only the points that the loss samples differ."""
+    """The same pictures, rates and averages; only the points that the loss samples differ. Of segments, one picture has
+    four and the others one, so that a part is not worth as much as another."""
+
+    class Uneven(Shapes):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample if index == 0 else sample | {"segments": (sample["segments"] == 1).int()}
+
     recipe = dataclasses.replace(RECIPE, batch=4, steps=3, points=4096)
-    train(tmp_path / "one", recipe)
-    train(tmp_path / "four", recipe, accumulate=4)
+    train(tmp_path / "one", recipe, Uneven())
+    train(tmp_path / "four", recipe, Uneven(), accumulate=4)
     for one, four in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
         assert one == pytest.approx(four, rel=0.05)
 
 
-def test_bfloat16_follows_float32(tmp_path):
+def test_bfloat16_follows_float32():
+    """On a CPU, whose autocast leaves other operations in float32 than a GPU's."""
     model = build_model(settings_for(RECIPE), {}).train()
     sample = stage4.augment(Shapes()[0], RECIPE, np.random.default_rng(0))
     found = []
@@ -408,6 +416,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     assert stage4.load_checkpoint(tmp_path, settings_for(RECIPE))["step"] == 4
     assert "checkpoint.pt cannot be read" in capsys.readouterr().out
+    (tmp_path / "checkpoint_previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint of .* can be read: move them away"):  # not: begin anew
+        stage4.load_checkpoint(tmp_path, settings_for(RECIPE))
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -416,7 +427,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         train(tmp_path, stride=16)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
+def test_logits_that_are_not_finite_stop_training_before_anything_is_saved(tmp_path):
     model_settings = settings_for(RECIPE)
     model = build_model(model_settings, {"tiny_vit": "none", "tiny_hiera": "none"})
     with torch.no_grad():
@@ -447,7 +458,7 @@ def test_what_is_not_finite_can_be_looked_into(tmp_path, monkeypatch, term):
     monkeypatch.setattr(model if "logits" in term else model.criterion, "forward", spoilt)
     if "gradient" in term:
         model.class_predictor.weight.register_hook(lambda gradient: gradient * (torch.nan if len(calls) > 9 else 1))
-    with pytest.raises(UserError, match=f"step 4, images .*: {term}.*nonfinite.pt reproduces it") as error:
+    with pytest.raises(UserError, match=f"step 4, images .*: {term}.*nonfinite.pt holds what reproduces it") as error:
         stage4.train(model, Shapes(), RECIPE, settings, tmp_path, workers=0)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
     assert len(losses(tmp_path)) == 3
