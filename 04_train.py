@@ -419,8 +419,9 @@ def progress(recent: deque, rate: float, batch: int, memory: float) -> str:
     loss, *terms, seconds, waiting = np.mean(recent, axis=0)
     terms = " + ".join(f"{name} {term:.2f}" for name, term in zip(LOSS_WEIGHTS, terms, strict=True))
     shown = f"loss {loss:.2f} = {terms}, rate {rate:.1e}, {batch / seconds:.1f} images/s, {memory:.1f} GB"
-    share = waiting / seconds
-    return shown if share < 0.1 else f"{shown}, {share:.0%} of the time waiting for data: raise --workers"
+    if len(recent) < recent.maxlen or waiting < 0.1 * seconds:  # the first steps wait for the workers to start
+        return shown
+    return f"{shown}, {waiting / seconds:.0%} of the time waiting for data: raise --workers"
 
 
 def peak_memory(device: str) -> float:
