@@ -184,6 +184,12 @@ def main():
         "warnings": warnings,
         "random_weights": metrics["random_weights"],
     }
+    if (folder / "checkpoint.pt").is_file() and (folder / "selection.json").is_file():
+        before = run.read_stage(folder, "selection.json", "03_select.py")
+        if any(before[part] != selection[part] for part in by_hand):
+            warnings.append(
+                "checkpoint.pt here was trained with the selection before this one: give 04_train.py an --out"
+            )
     run.write_json(folder / "selection.json", selection)
     draw_profiles(folder / "metrics.png", metrics, selection)
     wrote = "selection.json, metrics.png"

@@ -10,6 +10,7 @@
 The master is fine-tuned at a tenth of the decoder's learning rate, the auxiliary stays frozen, and a Mask2Former
 decoder is trained from scratch on both: one stage, one loss. A training that was interrupted, even killed, goes on with
 the same command from its last checkpoint; on a CPU it ends at the same weights, to the last bit, as one that was not.
+Nothing is evaluated on the way: the last checkpoint is the model.
 
 Reads run.json and selection.json of --run. Writes checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
@@ -49,10 +50,10 @@ class Recipe:
     """How one benchmark is trained and at which size it is evaluated; pixels throughout."""
 
     steps: int
-    resize: tuple[int, int]  # the image is scaled so that a side falls between these
+    resize: tuple[int, int]  # the image is scaled so that its short (or long) side falls between these
     crop: tuple[int, int]  # height and width, multiples of 32
-    test_size: str  # as working_size takes it
-    resized_side: str = "short"  # or "long"
+    test_size: str  # as --size of stage 1
+    resized_side: str = "short"  # or "long": which one `resize` speaks of
     colour_jitter: bool = False
     batch: int = 16  # images a step, over all processes
     learning_rate: float = 1e-4  # of the decoder
@@ -66,7 +67,7 @@ class Recipe:
     decoder_layers: int = 9  # of the transformer decoder
     heads: int = 8
     points: int = 12544  # sampled on each mask for the loss
-    vit_widths: tuple[int, int, int, int] = (128, 256, 512, 1024)  # of a ViT master's levels
+    vit_widths: tuple[int, int, int, int] = (128, 256, 512, 1024)  # channels of a ViT master's four levels
     save_every: int = 1000
 
 
@@ -134,20 +135,22 @@ def parse_arguments():
 def choose_recipe(args, name: str) -> Recipe:
     """The benchmark's recipe with what the command line changes; UserError for what cannot be."""
     recipe = RECIPES[name]
-    if args.steps and args.steps < 0 or args.learning_rate is not None and args.learning_rate <= 0:
-        raise UserError("--steps may not be negative, --learning-rate is above 0")
+    if args.steps is not None and args.steps < 0:
+        raise UserError(f"--steps {args.steps}: may not be negative")
+    if args.learning_rate is not None and args.learning_rate <= 0:
+        raise UserError(f"--learning-rate {args.learning_rate}: must be above 0")
     changes = {key: getattr(args, key) for key in ("steps", "batch", "learning_rate") if getattr(args, key)}
     if args.steps:
         changes["drops"] = tuple(round(drop * args.steps / recipe.steps) for drop in recipe.drops)
     if args.crop:
         sides = args.crop.split("x")
         if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % 32 == 0 for side in sides):
-            raise UserError(f"--crop {args.crop}: expected HEIGHTxWIDTH in pixels, multiples of 32")
+            raise UserError(f"--crop {args.crop}: expected HEIGHTxWIDTH in pixels, multiples of 32, as 512x1024")
         changes["crop"] = tuple(map(int, sides))
     recipe = dataclasses.replace(recipe, **changes)
     if recipe.batch % (run.world() * args.accumulate):
         raise UserError(
-            f"a batch of {recipe.batch} cannot be shared evenly by {run.world()} processes with --accumulate "
+            f"a batch of {recipe.batch} cannot be shared evenly by {run.world()} process(es) with --accumulate "
             f"{args.accumulate}: change --batch, --accumulate or the number of processes"
         )
     return recipe
@@ -187,7 +190,8 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
     box_height, box_width = min(height, round(crop_height / scale)), min(width, round(crop_width / scale))
     # the size of the box once scaled
     size = (min(crop_height, max(1, round(height * scale))), min(crop_width, max(1, round(width * scale))))
-    box = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1), box_height, box_width
+    top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
+    box = (top, left, box_height, box_width)
     image = TF.resize(TF.crop(sample["image"], *box), size, antialias=True).float() / 255
 
     labels, wanted = sample["labels"], ~sample["crowd"]
@@ -278,10 +282,12 @@ def schedule(step: int, recipe: Recipe) -> float:
 def collect_signals():
     """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
     received = []
-    before = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def receive(number, frame):
+        received.append(number)
+        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -316,20 +322,22 @@ def train(
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimiser.load_state_dict(checkpoint["optimiser"])
-        for group in optimiser.param_groups:  # the checkpoint may come from another kind of device
+        # The checkpoint may come from another kind of device, with another kernel and another layout of memory.
+        for group in optimiser.param_groups:
             group["fused"] = cuda
-        for parameter, moments in optimiser.state.items():  # whose memory was laid out in another order
+        for parameter, moments in optimiser.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
             moments["step"] = moments["step"].to(device)
         first = checkpoint["step"]
         checkpoint.clear()  # it is as large as model and optimiser together
-        print(f"{folder / 'checkpoint.pt'} holds step {first} of {recipe.steps}: going on from there")
+        then = "going on from there" if first < recipe.steps else "nothing is left to train"
+        print(f"{folder / 'checkpoint.pt'} holds step {first} of {recipe.steps}: {then}")
     if run.sum_over_processes(torch.tensor(first, device=device)).item() != first * run.world():
         raise UserError(f"not all processes read the same checkpoint of {folder}: can all of them see the folder?")
-    learner = model
-    if run.world() > 1:  # averages gradients over the processes
-        learner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    learner = model  # what the forward pass goes through, so that the backward pass averages over the processes
+    if run.world() > 1:
+        learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # A batch is cut into parts, one for each process and turn; what is random in a part depends on its number alone.
     parts = range(run.rank() * accumulate, (run.rank() + 1) * accumulate)  # of this process
@@ -353,42 +361,20 @@ def train(
             began = time.perf_counter()
             batch = [next(stream) for _ in parts]  # images [b, 3, h, w], masks, labels and names of each part
             waiting = time.perf_counter() - began
-            rates = [group["rate"] * schedule(step, recipe) for group in optimiser.param_groups]
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate
+            for group in optimiser.param_groups:  # "rate" is a group's own at the start
+                group["lr"] = group["rate"] * schedule(step, recipe)
 
-            # Forward and backward, part by part; gradients are exchanged with the last one
-            counts = sum(model.loss_counts(labels) for _, _, labels, _ in batch).to(device)
-            counts = run.sum_over_processes(counts).cpu()
-            counts[0].clamp_(min=1)  # as the library divides by one mask where there is none
-            counts /= run.world() * accumulate  # means over all parts
+            # the loss of a part samples points; no two parts of a training draw them alike
             seeds = [settings["seed"] * 1_000_003 + step + (part << 40) for part in parts]
-            terms, problem = 0.0, None
-            for seed, part, (images, masks, labels, _) in zip(seeds, parts, batch, strict=True):
-                torch.manual_seed(seed)  # the loss samples points
-                images = images.to(device, non_blocking=True)
-                masks, labels = [m.to(device).float() for m in masks], [k.to(device) for k in labels]
-                with contextlib.nullcontext() if part == parts[-1] or learner is model else learner.no_sync():
-                    with torch.autocast(device, torch.bfloat16, enabled=cuda):
-                        outputs = learner(images.to(memory_format=torch.channels_last) if cuda else images)
-                    try:
-                        losses = model.losses(outputs, masks, labels, counts)
-                    except FloatingPointError as error:
-                        problem = str(error)
-                    # One process that ended alone would leave the others waiting for its gradients.
-                    ends = torch.tensor([problem is not None, len(signals)], device=device)
-                    failed, stop = run.sum_over_processes(ends).tolist()
-                    if failed:
-                        break
-                    (sum(losses.values()) / accumulate).backward()
-                terms = terms + torch.stack([value.detach() for value in losses.values()]) / accumulate
+            counts = average_counts(model, batch, device)
+            terms, problem, failed, stop = forward_backward(learner, batch, seeds, counts, device, signals)
             if not failed:
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 problem = None if norm.isfinite() else "the gradient is not finite"
             if problem:
                 file = save_problem(folder, model, settings, step, counts, seeds, batch)
             if problem or failed:
-                run.gather(None)  # the first one to leave ends all the others
+                run.gather(None)  # wait for all: torchrun kills the others once one has left
             if problem:
                 names = ", ".join(name for *_, names in batch for name in names)
                 raise UserError(
@@ -403,15 +389,53 @@ def train(
             # Report, and save
             terms = (run.sum_over_processes(terms) / run.world()).tolist()
             seconds, memory = time.perf_counter() - began, peak_memory(device)
+            rate = optimiser.param_groups[-1]["lr"]  # the decoder's
             recent.append([sum(terms), *terms, seconds, waiting])
-            log.writerow([step + 1, sum(terms), *terms, rates[-1], seconds, waiting, recipe.batch / seconds, memory])
-            bar.set_postfix_str(progress(recent, rates[-1], recipe.batch, memory), refresh=False)
+            log.writerow([step + 1, sum(terms), *terms, rate, seconds, waiting, recipe.batch / seconds, memory])
+            bar.set_postfix_str(progress(recent, rate, recipe.batch, memory), refresh=False)
             last = step + 1 == recipe.steps
             if (step + 1) % recipe.save_every == 0 or last or stop:
                 save_checkpoint(folder, model, optimiser, step + 1, settings)
             if stop and not last:
                 return signals[0] if signals else signal.SIGTERM
     return None
+
+
+def average_counts(model: FusedModel, batch: list, device: str) -> torch.Tensor:
+    """The mean of loss_counts over the parts of a batch, of all processes: what each part's losses are divided by."""
+    counts = run.sum_over_processes(sum(model.loss_counts(labels) for _, _, labels, _ in batch).to(device)).cpu()
+    counts[0].clamp_(min=1)  # masks; the library divides by one where there is none
+    return counts / (run.world() * len(batch))
+
+
+def forward_backward(learner: nn.Module, batch: list, seeds: list[int], counts, device: str, signals: list):
+    """Gradients of a batch's loss, part by part, averaged over the processes with the last one.
+
+    Returns the loss terms [3], what went wrong here or None, whether it went wrong in any process, and whether any
+    process was told to stop: one that ended alone would leave the others waiting for its gradients.
+    """
+    model, cuda = getattr(learner, "module", learner), device == "cuda"
+    terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
+    for turn, (seed, (images, masks, labels, _)) in enumerate(zip(seeds, batch, strict=True)):
+        torch.manual_seed(seed)
+        images = images.to(device, non_blocking=True)
+        masks, labels = [m.to(device).float() for m in masks], [k.to(device) for k in labels]
+        last = turn == len(batch) - 1
+        with contextlib.nullcontext() if last or learner is model else learner.no_sync():
+            with torch.autocast(device, torch.bfloat16, enabled=cuda):
+                outputs = learner(images.to(memory_format=torch.channels_last) if cuda else images)
+            problem = None
+            try:
+                losses = model.losses(outputs, masks, labels, counts)
+            except FloatingPointError as error:
+                problem = str(error)
+            ends = torch.tensor([problem is not None, len(signals)], device=device)
+            failed, stop = run.sum_over_processes(ends).tolist()
+            if failed:
+                break
+            (sum(losses.values()) / len(batch)).backward()
+        terms += torch.stack([value.detach() for value in losses.values()]) / len(batch)
+    return terms, problem, failed, stop
 
 
 def progress(recent: deque, rate: float, batch: int, memory: float) -> str:
@@ -506,7 +530,7 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
         except Exception as error:  # torch raises many types for a damaged file
             print(f"{path} cannot be read ({type(error).__name__})")
             continue
-        run.same_settings(path, checkpoint["settings"], settings, "give another --out, or delete it")
+        run.same_settings(path, checkpoint["settings"], settings, "give another --out, or delete the checkpoints there")
         return checkpoint
     if paths:
         raise UserError(f"no checkpoint of {folder} can be read: move them away to start anew")
@@ -563,8 +587,11 @@ def main():
     recipe = choose_recipe(args, name)
     if weights[selection["master"]] == "none":
         recipe = dataclasses.replace(recipe, master_rate=1.0)
+    data = args.data or Path(asked["data"])
+    if not data.is_dir():
+        raise UserError(f"there is no folder {data}: say where your data sets are with --data")
     with run.first_process_first():
-        samples = open_split(name, args.data or Path(asked["data"]), "train")
+        samples = open_split(name, data, "train")
     settings = {key: selection[key] for key in ("master", "auxiliary", "stride")}
     settings |= {"benchmark": name, "fusion": args.fusion, "master_mode": args.master_mode, "aux_mode": args.aux_mode}
     origin = {encoder: weights_origin(encoder, weights[encoder]) for encoder in used}
@@ -575,7 +602,7 @@ def main():
                 "bring those back, or begin with 01_extract.py and another --run"
             )
     settings |= {"weights": weights, "weights_from": origin, "seed": asked["seed"] if args.seed is None else args.seed}
-    settings |= {"classes": [name for _, name, _ in samples.categories]}
+    settings |= {"train_images": len(samples), "classes": [name for _, name, _ in samples.categories]}
     settings |= {"isthing": [isthing for _, _, isthing in samples.categories], **dataclasses.asdict(recipe)}
 
     for encoder in used:

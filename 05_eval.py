@@ -590,14 +590,16 @@ def headline(results: dict, categories: list) -> dict[str, float]:
     return numbers
 
 
-def benchmark_rows(headlines: dict[str, dict], trained_on: str, data: Path) -> list[list[str]]:
-    """Every benchmark with the paper's number and ours, or why there is none; trained_on: data set and split."""
+def benchmark_rows(headlines: dict[str, dict], limited: list[str], trained_on: str, data: Path) -> list[list[str]]:
+    """Every benchmark with the paper's number and ours, or why there is none; trained_on: data set and split, limited:
+    benchmarks of which only some images were scored."""
     rows = [["benchmark", "trains on", "evaluates on", "score", "paper", "here"]]
     for name, benchmark in BENCHMARKS.items():
         ours = "not evaluated" if on_disk(benchmark, data) else "not on disk"
         if name in headlines:
             ours = ", ".join(f"{headlines[name][measure]:.1f}" for measure in benchmark.measures)
             ours += "" if benchmark.trains_on == trained_on else f" (but trained on {trained_on})"
+            ours += " (of some images)" if name in limited else ""
         where = [name, benchmark.trains_on, benchmark.evaluates_on]
         rows.append([*where, ", ".join(benchmark.measures), benchmark.paper, ours])
     return rows
@@ -703,6 +705,7 @@ def load_trained(folder: Path) -> tuple[FusedModel, dict]:
         settings = checkpoint["settings"]
         if checkpoint["step"] < settings["steps"]:
             print(f"WARNING: {path} holds step {checkpoint['step']} of {settings['steps']}: training is not finished")
+            settings["steps"] = checkpoint["step"]  # what is reported is what was trained
         model = build_model(settings, weights={})
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
@@ -801,6 +804,7 @@ def main():
     what |= {key: settings[key] for key in ("master_mode", "aux_mode", "weights")}
     run.write_json(folder / "results.json", {"model": what, "benchmarks": benchmarks})
     fusion = f"{settings['auxiliary']} at stride {settings['stride']}, fusion {settings['fusion']}"
+    fusion = "alone" if settings["fusion"] == "none" else fusion
     trained_on = find_benchmark(own).trains_on
     title = (
         f"{settings['master']}, {fusion}, {settings['steps']} steps on {trained_on}, seed {settings['seed']}; percent"
@@ -809,10 +813,11 @@ def main():
     parts = [f"{title}\n"]
     for name, entry in benchmarks.items():
         numbers = headlines[name]
-        parts.append(f"{name}, {entry['images']} images\n")
+        parts.append(f"{name}, {entry['images']} of {len(splits[name])} images\n")
         parts.append(markdown([list(numbers), [f"{value:.1f}" for value in numbers.values()]]))
         parts.append(markdown(class_rows(entry)))
-    report = "\n".join([*parts, markdown(benchmark_rows(headlines, trained_on, data))])
+    limited = [name for name, samples in splits.items() if benchmarks[name]["images"] < len(samples)]
+    report = "\n".join([*parts, markdown(benchmark_rows(headlines, limited, trained_on, data))])
     with run.whole_file(folder / "results.md") as temporary:
         temporary.write_text(report)
     print(f"\n{report}\nwrote {folder}/results.json, results.md, predictions.png")

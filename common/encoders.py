@@ -242,7 +242,8 @@ def weights_file(name: str, weights: str) -> Path:
     except Exception as error:  # offline, no access, disk full: all end in the same advice
         raise UserError(
             f"the weights of {name} ({'/'.join(hub)}) are not in the local cache and could not be downloaded "
-            f"({type(error).__name__}): give a file with --weights {name}=FILE, or --weights none for random weights"
+            f"({type(error).__name__}): give 01_extract.py a file with --weights {name}=FILE, or --weights none for "
+            "random weights"
         ) from None
 
 

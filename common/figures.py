@@ -112,7 +112,7 @@ def draw_loss(path: Path, log: dict[str, np.ndarray], terms: list[str]) -> None:
         ends = np.arange(1, len(values) + 1)
         axis.plot(steps, values, color=colour, lw=0.4, alpha=0.3)
         axis.plot(steps, (sums[ends] - sums[ends - window]) / window, color=colour, lw=1.8, label=term)
-    axis.set(xlabel="training step", ylabel="loss, weighted", yscale="log")
+    axis.set(xlabel="training step", ylabel="loss, weighted (bold: mean of 50 steps)", yscale="log")
     axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())

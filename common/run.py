@@ -174,8 +174,10 @@ def command(stage: str, folder: Path, *flags: str) -> str:
     """The shell command that runs a stage on a run folder; stage 1's is the one that made it, kept in run.json."""
     if stage == "01_extract.py" and (folder / "run.json").is_file():
         return read_stage(folder, "run.json", stage)["command"]
-    run = [] if folder == Path("runs/toycity") else ["--run", str(folder)]
-    return shlex.join(["python", stage, *run, *flags])
+    if folder == Path("runs/toycity"):
+        return shlex.join(["python", stage, *flags])
+    asked = " --benchmark NAME --data FOLDER --encoders NAMES" if stage == "01_extract.py" else ""
+    return shlex.join(["python", stage, "--run", str(folder), *flags]) + asked
 
 
 # ---------------------------------------------------------------------------------------------- the run
