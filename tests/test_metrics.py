@@ -276,5 +276,5 @@ def test_stage_names_what_is_missing(filled, stage):
     with pytest.raises(run.UserError, match=r"b\.png\.safetensors is damaged.*01_extract\.py"):
         stage("02_metrics", "--run", filled, "--device", "cpu")
     assert not (filled / "metrics.csv").exists()
-    with pytest.raises(run.UserError, match=r"run `python 01_extract\.py --run .*nowhere` first"):
+    with pytest.raises(run.UserError, match=r"run `python 01_extract\.py --run .*nowhere.*` first"):
         stage("02_metrics", "--run", filled / "nowhere", "--device", "cpu")
