@@ -10,22 +10,33 @@ highest peak of SC, and s* is the stride of that peak.
     python 03_select.py --score ef_share      # by EF corrected for chance, as a share of the image's own
     python 03_select.py --stride 8            # choose a part by hand
 
-Reads metrics.json and metrics.csv; run.json, features and pictures too for drawing three of them. Writes
-selection.json, edges.png (each encoder's edges at s*), and draws the choice into metrics.png.
+Reads metrics.json and metrics.csv. Writes selection.json, and draws the choice into metrics.png.
 """
 
 import csv
-import importlib
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from common import run
-from common.figures import draw_edges, draw_profiles
+from common.figures import draw_profiles
+from common.run import RESAMPLES, UserError, flag, need
 
-RESAMPLES = 1000  # bootstrap
 CLEAR = 0.975  # the share of resamples in which an EF must exceed the noise control's
 FEW_IMAGES = 10  # resamples of fewer say little about other pictures
 LOWEST = -1e9  # the score of whatever is out of the running
+
+
+@dataclass
+class Settings:
+    run: Path = flag(Path("runs/toycity"), "run folder")
+    task: str = flag("segmentation", "edges: roles turned round", choices=("segmentation", "edges"))
+    score: str = flag("ef", "which form of EF", choices=("ef", "ef_released", "ef_share"))
+    master: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
+    auxiliary: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
+    stride: int | None = flag(None, "by hand, not by score", choices=(4, 8, 16, 32))
+    seed: int = flag(0, "seed of the bootstrap")
 
 
 # ---------------------------------------------------------------------------------------------- the rule
@@ -58,33 +69,71 @@ def best(values, given=None):
     return values.argmax(-1), ordered[..., -1] - ordered[..., -2]
 
 
+def held_by_hand(settings: Settings, metrics: dict) -> dict[str, int | None]:
+    """{"master", "auxiliary", "stride": index, or None where the rule chooses}; UserError for what is not there."""
+    encoders, folder = metrics["encoders"], settings.run
+    need(
+        len(encoders) > 1, f"a pair needs two encoders and {folder} has only {encoders[0]}: name more in 01_extract.py"
+    )
+    for encoder in filter(None, (settings.master, settings.auxiliary)):
+        need(encoder in encoders, f"{encoder} is not in {folder}: the encoders there are {', '.join(encoders)}")
+    twice = settings.master and settings.master == settings.auxiliary
+    need(not twice, f"master and auxiliary are both {settings.master}: fusion needs two encoders")
+    parts = {"master": encoders, "auxiliary": encoders, "stride": metrics["strides"]}
+    given = {part: getattr(settings, part) for part in parts}
+    return {part: None if given[part] is None else parts[part].index(given[part]) for part in parts}
+
+
 # ---------------------------------------------------------------------------------------------- scores
 
 
-def read_values(folder, metrics):
-    """metrics.csv as {"SC", "EF", "EF_RELEASED", "EF_CC": [image, source, stride]}; UserError if it does not fit."""
-    columns = ("SC", "EF", "EF_RELEASED", "EF_CC")
+def read_scores(folder: Path, metrics: dict, score: str, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean SC and EF over images, one for each row of weights [R, image]: two arrays [R, source, stride]."""
+    columns = ("SC", "EF_CC" if score == "EF_SHARE" else score)
     shape = (metrics["images"], len(metrics["scores"]), len(metrics["strides"]))
     try:
         with open(folder / "metrics.csv", newline="") as file:
             rows = [[float(row[column]) for column in columns] for row in csv.DictReader(file)]
-        return dict(zip(columns, np.array(rows).T.reshape(len(columns), *shape), strict=True))
+        values = np.array(rows).T.reshape(2, *shape)  # [column, image, source, stride]
     except (OSError, KeyError, ValueError, TypeError) as error:
         again = run.command("02_metrics.py", folder)
-        raise run.UserError(f"{folder / 'metrics.csv'} cannot be used ({error!r}): run `{again}` again") from None
+        raise UserError(f"{folder / 'metrics.csv'} cannot be used ({error!r}): run `{again}` again") from None
+    sc, ef = (np.tensordot(weights, array, axes=1) for array in values)
+    if score == "EF_SHARE":
+        image = ef[:, [list(metrics["scores"]).index("image")]]  # [R, 1, stride]
+        ef = np.where(image > 0, ef / np.where(image > 0, image, 1), LOWEST)  # of nothing, or less, there are no shares
+    return sc, ef
 
 
-def mean_scores(values, weights, sources, score):
-    """Mean SC and EF over images, one for each row of weights [R, image]: two arrays [R, source, stride]."""
-    means = {column: np.tensordot(weights, array, axes=1) for column, array in values.items()}
-    if score != "EF_SHARE":
-        return means["SC"], means[score]
-    image = means["EF_CC"][:, [sources.index("image")]]  # [R, 1, stride]
-    share = means["EF_CC"] / np.where(image > 0, image, 1)
-    return means["SC"], np.where(image > 0, share, LOWEST)  # of nothing, or less, there are no shares
+def what_speaks_against(settings: Settings, metrics: dict, choice: dict, ef: np.ndarray) -> list[str]:
+    """Warnings; ef [1 + RESAMPLES, source, stride], the first row the plain means."""
+    sources, at = list(metrics["scores"]), metrics["strides"].index(choice["stride"])
+    encoder, where, edge = choice["auxiliary"], f"at OS {choice['stride']}", ef[:, :, at]
+    if settings.task == "edges":
+        encoder, where, edge = choice["master"], "over all strides", ef.mean(2)
+    edge, noise = edge[:, sources.index(encoder)], edge[:, sources.index("noise")]  # [1 + RESAMPLES]
+    clears, warnings = (edge[1:] > noise[1:]).mean(), []
+    if clears < CLEAR:
+        warnings.append(
+            f"{settings.score.upper()} of {encoder} {where}, {edge[0]:.2f}, does not clear that of white noise, "
+            f"{noise[0]:.2f}: it is higher in {clears:.1%} of the resamples, and {CLEAR:.1%} are asked for"
+        )
+    for encoder in metrics["random_weights"]:
+        warnings.append(f"{encoder} has RANDOM weights (--weights none): its scores say nothing about the trained one")
+    if metrics["images"] < FEW_IMAGES:
+        warnings.append(f"only {metrics['images']} images: stability over their resamples says little")
+    if (settings.run / "checkpoint.pt").is_file() and (settings.run / "selection.json").is_file():
+        before = run.read_stage(settings.run, "selection.json", "03_select.py")
+        if any(before[part] != choice[part] for part in choice):
+            trained = "checkpoint.pt here was trained with the selection before this one"
+            warnings.append(f"{trained}: give 04_train.py an --out")
+    return warnings
 
 
-def print_scores(metrics, overall, peaking):
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+def print_scores(metrics: dict, overall: str, peaking: str) -> None:
     """The table behind the choice: one score averaged over strides, the other stride by stride, controls last."""
     strides = [str(stride) for stride in metrics["strides"]]
     wide = max(16, *(len(source) + 2 for source in metrics["scores"]))
@@ -98,131 +147,64 @@ def print_scores(metrics, overall, peaking):
         print(f"{source:{wide}}{mean:>11}    " + "".join(f"{cell:>9}" for cell in cells) + kind)
 
 
-# ---------------------------------------------------------------------------------------------- the stage
-
-
-def main():
-    parser = run.arguments(__doc__)
-    parser.add_argument("--task", choices=["segmentation", "edges"], default="segmentation", help="edges: roles turned")
-    parser.add_argument("--score", choices=["ef", "ef_released", "ef_share"], default="ef", help="which form of EF")
-    parser.add_argument("--master", metavar="ENCODER", help="by hand, not by score")
-    parser.add_argument("--auxiliary", metavar="ENCODER", help="by hand, not by score")
-    parser.add_argument("--stride", type=int, choices=[4, 8, 16, 32], help="by hand, not by score")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
-    args = parser.parse_args()
-    folder = args.run
-    metrics = run.read_stage(folder, "metrics.json", "02_metrics.py")
-    encoders, strides, score = metrics["encoders"], metrics["strides"], args.score.upper()
-    sources = [*encoders, *metrics["controls"]]
-    overall, peaking = ("SC", score) if args.task == "segmentation" else (score, "SC")
-
-    # What was asked for must be there.
-    if len(encoders) < 2:
-        raise run.UserError(
-            f"a pair needs two encoders and {folder} has only {encoders[0]}: name more in 01_extract.py"
-        )
-    for encoder in filter(None, (args.master, args.auxiliary)):
-        if encoder not in encoders:
-            raise run.UserError(f"{encoder} is not in {folder}: the encoders there are {', '.join(encoders)}")
-    if args.master and args.master == args.auxiliary:
-        raise run.UserError(f"master and auxiliary are both {args.master}: fusion needs two encoders")
-    by_hand = {
-        "master": encoders.index(args.master) if args.master else None,
-        "auxiliary": encoders.index(args.auxiliary) if args.auxiliary else None,
-        "stride": strides.index(args.stride) if args.stride else None,
-    }
-
-    # Choose by the plain means, and again by each bootstrap resample of the images. A resample is how often each image
-    # is drawn, which makes its means weighted means.
-    values, images = read_values(folder, metrics), metrics["images"]
-    resamples = np.random.default_rng(args.seed).multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, images)), resamples]) / images  # [1 + RESAMPLES, image]
-    sc, ef = mean_scores(values, weights, sources, score)  # [1 + RESAMPLES, source, stride]
-    candidates = slice(0, len(encoders))  # controls come after the encoders and cannot be chosen
-    choice, lead = select(sc[:, candidates], ef[:, candidates], args.task, **by_hand)  # [3, 1 + RESAMPLES]
-    print_scores(metrics, overall, peaking)
-    for part, margin in zip(by_hand, lead[:, 0], strict=True):
-        if margin == 0:
-            raise run.UserError(
-                f"scores tie for the {part} (all 0 where maps are degenerate, like an untrained ViT's): "
-                f"choose by hand with --{part}"
-            )
-    master, auxiliary, at = choice[:, 0]
-    same = choice[:, 1:] == choice[:, :1]  # [3, RESAMPLES]
-    stability = {"pair": same[:2].all(0).mean(), "stride": same[2].mean(), "all": same.all(0).mean()}
-
-    # Say what speaks against it.
-    if args.task == "segmentation":
-        edge_encoder, where, edge = auxiliary, f"at OS {strides[at]}", ef[:, :, at]  # [1 + RESAMPLES, source]
-    else:
-        edge_encoder, where, edge = master, "over all strides", ef.mean(2)
-    edge, noise = edge[:, edge_encoder], edge[:, sources.index("noise")]  # [1 + RESAMPLES]
-    clears = (edge[1:] > noise[1:]).mean()
-    warnings = []
-    if clears < CLEAR:
-        warnings.append(
-            f"{score} of {encoders[edge_encoder]} {where}, {edge[0]:.2f}, does not clear that of white noise, "
-            f"{noise[0]:.2f}: it is higher in {clears:.1%} of the resamples, and {CLEAR:.1%} are asked for"
-        )
-    for encoder in metrics["random_weights"]:
-        warnings.append(f"{encoder} has RANDOM weights (--weights none): its scores say nothing about the trained one")
-    if images < FEW_IMAGES:
-        warnings.append(f"only {images} images: stability over their resamples says little")
-
-    selection = {
-        "master": encoders[master],
-        "auxiliary": encoders[auxiliary],
-        "stride": strides[at],
-        "task": args.task,
-        "score": args.score,
-        "chosen_by_hand": [part for part, index in by_hand.items() if index is not None],
-        "scores": {
-            source: {name: {stride: profile[stride][name]["mean"] for stride in profile} for name in ("SC", score)}
-            for source, profile in metrics["scores"].items()
-        },
-        "stability": {name: float(share) for name, share in stability.items()} | {"resamples": RESAMPLES},
-        "warnings": warnings,
-        "random_weights": metrics["random_weights"],
-    }
-    if (folder / "checkpoint.pt").is_file() and (folder / "selection.json").is_file():
-        before = run.read_stage(folder, "selection.json", "03_select.py")
-        if any(before[part] != selection[part] for part in by_hand):
-            warnings.append(
-                "checkpoint.pt here was trained with the selection before this one: give 04_train.py an --out"
-            )
-    run.write_json(folder / "selection.json", selection)
-    draw_profiles(folder / "metrics.png", metrics, selection)
-    wrote = "selection.json, metrics.png"
-    try:
-        settings = run.read_stage(folder, "run.json", "01_extract.py")
-        shown = settings["images"][:: max(1, images // 3)][:3]
-        edges_of = importlib.import_module("02_metrics").edges_of  # as stage 2 measures them
-        rows = [edges_of(folder, settings, name, strides[at], args.device) for name in shown]
-        draw_edges(folder / "edges.png", rows)
-        wrote += ", edges.png"
-    except run.UserError as error:  # the choice needs neither features nor pictures, which may be gone by now
-        print(f"edges.png is not drawn: {error}")
-
-    others = f"highest peak of {peaking} among the others" if len(encoders) > 2 else "the only other encoder"
-    reasons = (f"highest {overall}, mean over strides", others, f"peak of {peaking}")
-    wide = max(16, *(len(encoder) + 2 for encoder in encoders))
-    chosen = (selection["master"], selection["auxiliary"], f"OS {selection['stride']}")
+def report(folder: Path, metrics: dict, selection: dict, overall: str, peaking: str) -> None:
+    """What was chosen and why, how stable that is, and what speaks against it."""
+    others = f"highest peak of {peaking} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"
+    reasons = {"master": f"highest {overall}, mean over strides", "auxiliary": others, "stride": f"peak of {peaking}"}
+    by_hand, stability = selection["chosen_by_hand"], selection["stability"]
+    wide = max(16, *(len(encoder) + 2 for encoder in metrics["encoders"]))
     print()
-    for part, what, reason in zip(by_hand, chosen, reasons, strict=True):
-        print(f"{part:12}{what:{wide}}{reason if by_hand[part] is None else 'chosen by hand'}")
-    fixed = f" ({', '.join(selection['chosen_by_hand'])} held fixed)" if selection["chosen_by_hand"] else ""
+    for part, reason in reasons.items():
+        what = f"OS {selection[part]}" if part == "stride" else selection[part]
+        print(f"{part:12}{what:{wide}}{'chosen by hand' if part in by_hand else reason}")
+    fixed = f" ({', '.join(by_hand)} held fixed)" if by_hand else ""
     print(
-        f"the same pair in {stability['pair']:.0%} of {RESAMPLES} resamples of the {images} images, the same stride in "
-        f"{stability['stride']:.0%}, both in {stability['all']:.0%}{fixed}"
+        f"the same pair in {stability['pair']:.0%} of {RESAMPLES} resamples of the {metrics['images']} images, the "
+        f"same stride in {stability['stride']:.0%}, both in {stability['all']:.0%}{fixed}"
     )
-    for warning in warnings:
+    for warning in selection["warnings"]:
         print(f"WARNING: {warning}")
-    print(f"\nwrote {wrote} in {folder}")
+    print(f"\nwrote selection.json, metrics.png in {folder}")
     if metrics["benchmark"]:
         print(f"next: {run.command('04_train.py', folder)}")
     else:
         pair = f"--benchmark NAME --encoders {selection['master']} {selection['auxiliary']}"
         print(f"next: the answer for these pictures stands. 04_train.py needs labels: start with 01_extract.py {pair}")
+
+
+def main():
+    settings = run.parse(__doc__, Settings)
+    metrics = run.read_stage(settings.run, "metrics.json", "02_metrics.py")
+    score, encoders = settings.score.upper(), metrics["encoders"]
+    overall, peaking = ("SC", score) if settings.task == "segmentation" else (score, "SC")
+    by_hand = held_by_hand(settings, metrics)
+
+    # Choose by the plain means (row 0), and again by each bootstrap resample of the images.
+    weights = run.bootstrap(metrics["images"], settings.seed)  # [1 + RESAMPLES, image]
+    sc, ef = read_scores(settings.run, metrics, score, weights)  # [1 + RESAMPLES, source, stride]
+    candidates = slice(0, len(encoders))  # controls come after the encoders and cannot be chosen
+    chosen, lead = select(sc[:, candidates], ef[:, candidates], settings.task, **by_hand)  # [3, 1 + RESAMPLES]
+    print_scores(metrics, overall, peaking)
+    for part, margin in zip(by_hand, lead[:, 0], strict=True):
+        cause = "all 0 where maps are degenerate, like an untrained ViT's"
+        need(margin > 0, f"scores tie for the {part} ({cause}): choose by hand with --{part}")
+    same = chosen[:, 1:] == chosen[:, :1]  # [3, RESAMPLES]
+    stability = {"pair": same[:2].all(0).mean(), "stride": same[2].mean(), "all": same.all(0).mean()}
+
+    master, auxiliary, at = chosen[:, 0]
+    selection = {"master": encoders[master], "auxiliary": encoders[auxiliary], "stride": metrics["strides"][at]}
+    warnings = what_speaks_against(settings, metrics, selection, ef)
+    selection |= {"task": settings.task, "score": settings.score}
+    selection["chosen_by_hand"] = [part for part, index in by_hand.items() if index is not None]
+    selection["scores"] = {
+        source: {name: {stride: profile[stride][name]["mean"] for stride in profile} for name in ("SC", score)}
+        for source, profile in metrics["scores"].items()
+    }
+    selection["stability"] = {name: float(share) for name, share in stability.items()} | {"resamples": RESAMPLES}
+    selection |= {"warnings": warnings, "random_weights": metrics["random_weights"]}
+    run.write_json(settings.run / "selection.json", selection)
+    draw_profiles(settings.run / "metrics.png", metrics, selection)
+    report(settings.run, metrics, selection, overall, peaking)
 
 
 if __name__ == "__main__":

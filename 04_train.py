@@ -1,33 +1,30 @@
 """Stage 4: train the fused model.
 
     python 04_train.py                                       the selection of runs/toycity
-    python 04_train.py --out runs/stride8 --stride 8         an ablation: other stride, own folder
-    python 04_train.py --out runs/alone --fusion none        the master alone
-    python 04_train.py --steps 0                             only say what would be trained, on what, and how long
+    python 04_train.py --out runs/stride8 --stride 8         an ablation, in a folder of its own; so is --fusion none
+    python 04_train.py --steps 0                             only say what would be trained, and on what
     torchrun --nproc_per_node=8 -- 04_train.py …             on eight GPUs, each with an eighth of the batch
-    python 04_train.py --accumulate 8 …                      the same batch on one, in eight parts
+    python 04_train.py --accumulate 8 …                      the same batch on one, in eight micro-batches
 
 The master is fine-tuned at a tenth of the decoder's learning rate, the auxiliary stays frozen, and a Mask2Former
 decoder is trained from scratch on both: one stage, one loss. A training that was interrupted, even killed, goes on with
 the same command from its last checkpoint; on a CPU it ends at the same weights, to the last bit, as one that was not.
-Nothing is evaluated on the way: the last checkpoint is the model.
 
 Reads run.json and selection.json of --run. Writes checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
 
 import contextlib
-import csv
-import dataclasses
 import os
 import signal
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from pycocotools import mask as rle
@@ -37,139 +34,132 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import figures, run
-from common.benchmarks import open_split
+from common.datasets import BENCHMARKS, open_split, working_size
 from common.encoders import weights_origin
-from common.model import LOSS_WEIGHTS, PADDING, FusedModel, build_model
-from common.run import UserError
+from common.model import LOSS_WEIGHTS, PADDING, build_model
+from common.run import CORES, DEVICES, UserError, flag, need, positive
+
+# torchrun starts WORLD processes, of which this one is number RANK; without it there is one.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOG = ("step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds")
 
 # ---------------------------------------------------------------------------------------------- settings
 
 
+@dataclass
+class Settings:
+    run: Path = flag(Path("runs/toycity"), "run folder")
+    out: Path | None = flag(None, "folder for the training (default: the run folder)")
+    data: Path | None = flag(None, "data root (default: as in stage 1)")
+    master: str | None = flag(None, "instead of the selected one", metavar="NAME")
+    auxiliary: str | None = flag(None, "instead of the selected one", metavar="NAME")
+    stride: int | None = flag(None, "instead of the selected one", choices=(4, 8, 16, 32))
+    fusion: str = flag("replace", "none: no auxiliary", choices=("replace", "concat", "add", "none"))
+    master_mode: str = flag("ft", "fine-tuned or frozen", choices=("ft", "fz"))
+    aux_mode: str = flag("fz", "fine-tuned or frozen", choices=("ft", "fz"))
+    accumulate: int = flag(1, "micro-batches of a step, one after the other", type=positive)
+    seed: int | None = flag(None, "(default: as in stage 1)")
+    device: str = flag(DEVICES[0], choices=DEVICES)
+    workers: int = flag(CORES, "helpers beside each process", type=positive)
+
+
+def crop_size(text: str) -> tuple[int, int]:
+    sides = tuple(int(side) if side.isdecimal() else 0 for side in text.split("x"))
+    right = len(sides) == 2 and min(sides) > 0 and not any(side % 32 for side in sides)
+    need(right, f"--crop {text}: expected HEIGHTxWIDTH in pixels, multiples of 32, as 512x1024")
+    return sides
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one benchmark is trained and at which size it is evaluated; pixels throughout."""
+    """How a benchmark is trained, and at which size it is evaluated; pixels throughout. As it stands: street scenes."""
 
-    steps: int
-    resize: tuple[int, int]  # the image is scaled so that its short (or long) side falls between these
-    crop: tuple[int, int]  # height and width, multiples of 32
-    test_size: str  # as --size of stage 1
-    resized_side: str = "short"  # or "long": which one `resize` speaks of
-    colour_jitter: bool = False
-    batch: int = 16  # images a step, over all processes
-    learning_rate: float = 1e-4  # of the decoder
-    master_rate: float = 0.1  # of the encoders, relative to the decoder's; 1 where they start at random
-    drops: tuple[int, ...] = ()  # steps at which the rate falls to a tenth; none: it falls as (1 - step / steps)^0.9
-    weight_decay: float = 0.05
-    clip: float = 0.01  # norm of the whole model's gradient
-    width: int = 256  # channels of the decoder
-    queries: int = 100
-    encoder_layers: int = 6  # of the pixel decoder
-    decoder_layers: int = 9  # of the transformer decoder
-    heads: int = 8
-    points: int = 12544  # sampled on each mask for the loss
-    vit_widths: tuple[int, int, int, int] = (128, 256, 512, 1024)  # channels of a ViT master's four levels
-    save_every: int = 1000
+    steps: int = flag(90_000, "0: only say what would be done")
+    batch: int = flag(16, "images a step, over all processes", type=positive)
+    crop: tuple[int, int] = flag((512, 1024), "multiples of 32", type=crop_size, metavar="HxW")
+    resize: tuple[int, int] = flag((512, 2048), "range of a side of the scaled image", metavar=("FROM", "TO"))
+    resized_side: str = flag("short", "the side that --resize speaks of", choices=("short", "long"))
+    colour_jitter: bool = flag(True, "vary brightness, contrast, saturation and hue")
+    test_size: str = flag("1024x2048", "of evaluation, as --size of stage 1")
+    learning_rate: float = flag(1e-4, "of the decoder")
+    master_rate: float = flag(0.1, "of the encoders, relative to the decoder's; 1 for a random master")
+    drops: tuple[int, ...] = flag((), "steps where the rate falls to a tenth; none: (1 - step / steps)^0.9")
+    weight_decay: float = flag(0.05)
+    clip: float = flag(0.01, "norm of the whole model's gradient")
+    width: int = flag(256, "channels of the decoder", type=positive)
+    queries: int = flag(100, "segments that it can find", type=positive)
+    encoder_layers: int = flag(6, "of the pixel decoder", type=positive)
+    decoder_layers: int = flag(9, "of the transformer decoder", type=positive)
+    heads: int = flag(8, "of attention", type=positive)
+    points: int = flag(12544, "sampled on each mask for the loss", type=positive)
+    vit_widths: tuple[int, int, int, int] = flag((128, 256, 512, 1024), "channels of a ViT master's levels")
+    save_every: int = flag(1000, "steps", type=positive)
 
 
-STREETS = Recipe(90_000, resize=(512, 2048), crop=(512, 1024), test_size="1024x2048", colour_jitter=True)
-COCO = Recipe(
-    368_750,
-    resize=(102, 2048),  # 0.1 to 2 times the crop: large-scale jitter
-    resized_side="long",
-    crop=(1024, 1024),
-    test_size="800/1333",
-    drops=(327_778, 355_092),
-    queries=200,
-)
-RECIPES = {
-    "cityscapes_semantic": STREETS,
-    "cityscapes_instance": STREETS,
-    "urbansyn_to_cityscapes_instance": STREETS,
-    "synscapes_to_cityscapes_instance": STREETS,
-    "synthia_to_cityscapes_instance": STREETS,
+LARGE_SCALE_JITTER = {"resize": (102, 2048), "resized_side": "long", "colour_jitter": False}  # 0.1 to 2 times the crop
+COCO = Recipe(368_750, 16, (1024, 1024), test_size="800/1333", drops=(327_778, 355_092), **LARGE_SCALE_JITTER)
+COCO = replace(COCO, queries=200)
+TINY = {"width": 64, "queries": 50, "encoder_layers": 2, "decoder_layers": 3, "heads": 4, "points": 1024}
+TINY |= {"vit_widths": (32, 64, 64, 128), "colour_jitter": False, "save_every": 200}
+RECIPES = dict.fromkeys(BENCHMARKS, Recipe()) | {
     "coco_instance": COCO,
     "coco_panoptic": COCO,
-    "ade20k_semantic": Recipe(160_000, (320, 1280), (640, 640), test_size="640", colour_jitter=True),
-    "kitti360_instance": Recipe(90_000, (376, 752), (384, 672), test_size="own", colour_jitter=True),
-    "toycity": Recipe(
-        steps=1200,
-        resize=(208, 336),
-        crop=(128, 256),
-        test_size="256",
-        batch=4,
-        learning_rate=2e-3,
-        width=64,
-        queries=50,
-        encoder_layers=2,
-        decoder_layers=3,
-        heads=4,
-        points=1024,
-        vit_widths=(32, 64, 64, 128),
-        save_every=200,
-    ),
+    "ade20k_semantic": Recipe(160_000, 16, (640, 640), (320, 1280), test_size="640"),
+    "kitti360_instance": Recipe(90_000, 16, (384, 672), (376, 752), test_size="own"),
+    "toycity": Recipe(1200, 4, (128, 256), (208, 336), test_size="256", learning_rate=2e-3, **TINY),
 }
-METHOD = ("replace", "ft", "fz")  # fusion, the master fine-tuned, the auxiliary frozen
 
 
-def parse_arguments():
-    parser = run.arguments(__doc__)
-    parser.add_argument("--out", type=Path, help="folder for the training (default: the run folder)")
-    parser.add_argument("--data", type=Path, help="data root (default: as in stage 1)")
-    parser.add_argument("--master", metavar="NAME", help="instead of the selected one")
-    parser.add_argument("--auxiliary", metavar="NAME", help="instead of the selected one")
-    parser.add_argument("--stride", type=int, choices=(4, 8, 16, 32), help="instead of the selected one")
-    parser.add_argument(
-        "--fusion", choices=("replace", "concat", "add", "none"), default="replace", help="none: no auxiliary"
-    )
-    parser.add_argument("--master-mode", choices=("ft", "fz"), default="ft", help="fine-tuned or frozen")
-    parser.add_argument("--aux-mode", choices=("ft", "fz"), default="fz", help="fine-tuned or frozen")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's; 0: say what would be done, and stop")
-    parser.add_argument("--batch", type=run.positive, help="images a step, instead of the recipe's")
-    parser.add_argument("--accumulate", type=run.positive, default=1, help="parts of a batch, one after the other")
-    parser.add_argument("--learning-rate", type=float, help="of the decoder, instead of the recipe's")
-    parser.add_argument("--crop", metavar="HxW", help="instead of the recipe's, multiples of 32")
-    parser.add_argument("--seed", type=int, help="(default: as in stage 1)")
-    return parser.parse_args()
+@dataclass
+class Training:
+    """All that decides the result; kept in the checkpoint, which goes on with no other."""
+
+    benchmark: str
+    master: str
+    auxiliary: str
+    stride: int
+    fusion: str
+    master_mode: str
+    aux_mode: str
+    seed: int
+    weights: dict[str, str]  # of each encoder, "pretrained", "none" or a file
+    weights_from: dict[str, str]
+    train_images: int
+    class_names: list[str]
+    isthing: list[bool]
+    recipe: Recipe
 
 
-def choose_recipe(args, name: str) -> Recipe:
+def choose_recipe(benchmark: str, changes: dict, accumulate: int) -> Recipe:
     """The benchmark's recipe with what the command line changes; UserError for what cannot be."""
-    recipe = RECIPES[name]
-    if args.steps is not None and args.steps < 0:
-        raise UserError(f"--steps {args.steps}: may not be negative")
-    if args.learning_rate is not None and args.learning_rate <= 0:
-        raise UserError(f"--learning-rate {args.learning_rate}: must be above 0")
-    changes = {key: getattr(args, key) for key in ("steps", "batch", "learning_rate") if getattr(args, key)}
-    if args.steps:
-        changes["drops"] = tuple(round(drop * args.steps / recipe.steps) for drop in recipe.drops)
-    if args.crop:
-        sides = args.crop.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % 32 == 0 for side in sides):
-            raise UserError(f"--crop {args.crop}: expected HEIGHTxWIDTH in pixels, multiples of 32, as 512x1024")
-        changes["crop"] = tuple(map(int, sides))
-    recipe = dataclasses.replace(recipe, **changes)
-    if recipe.batch % (run.world() * args.accumulate):
-        raise UserError(
-            f"a batch of {recipe.batch} cannot be shared evenly by {run.world()} process(es) with --accumulate "
-            f"{args.accumulate}: change --batch, --accumulate or the number of processes"
-        )
+    recipe, steps = RECIPES[benchmark], changes.get("steps", 0)
+    need(steps >= 0, f"--steps {steps}: may not be negative")
+    if steps:
+        changes = {"drops": tuple(round(drop * steps / recipe.steps) for drop in recipe.drops)} | changes
+    recipe = replace(recipe, **changes | {"steps": steps or recipe.steps})
+    above = min(recipe.learning_rate, recipe.master_rate, recipe.clip, *recipe.vit_widths) > 0 <= recipe.weight_decay
+    need(above, "--learning-rate, --master-rate, --clip, --vit-widths: must be above 0, --weight-decay not below")
+    need(0 < recipe.resize[0] <= recipe.resize[1], "--resize: expected two sides in pixels, the smaller one first")
+    fits = recipe.width % 32 == 0 and recipe.width % recipe.heads == 0
+    need(fits, f"--width {recipe.width}: must be a multiple of 32 and of --heads, {recipe.heads}")
+    working_size(512, 512, recipe.test_size)  # refuses a size that means nothing
+    parts = f"{WORLD} process(es) with --accumulate {accumulate}"
+    even = recipe.batch % (WORLD * accumulate) == 0
+    need(even, f"a batch of {recipe.batch} cannot be shared evenly by {parts}: change --batch or one of these")
     return recipe
 
 
 # ---------------------------------------------------------------------------------------------- data
 
 
-class TrainCrops(Dataset):
+class TrainCrops:
     """An endless, shuffled, augmented stream over a data set: item n depends on the seed and n alone.
 
     So the order does not change with the number of workers or processes, and an interrupted training finds its place.
     """
 
-    def __init__(self, samples: Dataset, recipe: Recipe, seed: int):
+    def __init__(self, samples, recipe: Recipe, seed: int):
         self.samples, self.recipe, self.seed = samples, recipe, seed
-
-    def __len__(self) -> int:
-        return self.recipe.steps * self.recipe.batch
 
     def __getitem__(self, n: int) -> dict:
         epoch, place = divmod(n, len(self.samples))
@@ -178,7 +168,7 @@ class TrainCrops(Dataset):
 
 
 def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
-    """Random scale, crop, flip and colours. Masks are made after the crop; void and crowds get none.
+    """Random scale, crop, flip and colours. Void, crowds and what lies outside the crop get no mask.
 
     Returns image float32 [3, h, w] in [0, 1], masks bool [S, h, w], labels int64 [S], and the picture's name; h and w
     the recipe's crop. Where a scaled image is smaller, it is padded below and to the right; no mask covers that.
@@ -188,19 +178,15 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
     scale = rng.uniform(*recipe.resize) / (min if recipe.resized_side == "short" else max)(height, width)
     # The crop is cut from the original and then scaled, which spares scaling what is cut away.
     box_height, box_width = min(height, round(crop_height / scale)), min(width, round(crop_width / scale))
-    # the size of the box once scaled
     size = (min(crop_height, max(1, round(height * scale))), min(crop_width, max(1, round(width * scale))))
     top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
     box = (top, left, box_height, box_width)
     image = TF.resize(TF.crop(sample["image"], *box), size, antialias=True).float() / 255
 
-    labels, wanted = sample["labels"], ~sample["crowd"]
-    if "rles" in sample:  # masks that may overlap
-        codes = [code for code, kept in zip(sample["rles"], wanted.tolist(), strict=True) if kept]
-        planes = torch.from_numpy(rle.decode(codes)).permute(2, 0, 1) if codes else torch.zeros(0, height, width)
-        labels = labels[wanted]
+    if sample.get("rles"):  # masks that may overlap
+        planes = torch.from_numpy(rle.decode(sample["rles"])).permute(2, 0, 1)  # [S, H, W]
     else:
-        planes = sample["segments"][None].float()
+        planes = sample.get("segments", torch.zeros(height, width))[None].float()  # [1, H, W]
     planes = F.interpolate(TF.crop(planes, *box)[:, None], size, mode="nearest-exact")[:, 0]  # [S or 1, *size]
 
     if rng.random() < 0.5:
@@ -210,15 +196,10 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
     padding = (0, crop_width - size[1], 0, crop_height - size[0])
     image, planes = F.pad(image, padding, value=PADDING), F.pad(planes, padding)
 
-    if "rles" in sample:
-        present = planes.flatten(1).any(1).nonzero()[:, 0]
-        masks = planes[present].bool()
-    else:
-        present = planes.unique().long() - 1
-        present = present[present >= 0]
-        present = present[wanted[present]]
-        masks = planes == present[:, None, None] + 1
-    return {"image": image, "masks": masks, "labels": labels[present], "name": sample["name"]}
+    numbers = torch.arange(1, len(sample["labels"]) + 1)[:, None, None]
+    masks = planes.bool() if sample.get("rles") else planes == numbers  # [S, h, w]
+    seen = masks.flatten(1).any(1) & ~sample["crowd"]
+    return {"image": image, "masks": masks[seen], "labels": sample["labels"][seen], "name": sample["name"]}
 
 
 def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -239,33 +220,48 @@ def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tenso
     return image
 
 
-def collate(items: list[dict]) -> tuple[torch.Tensor, list, list, list]:
-    """Images become one tensor [B, 3, h, w]; masks and labels stay lists, each image has its own number."""
-    masks, labels, names = ([item[key] for item in items] for key in ("masks", "labels", "name"))
-    return torch.stack([item["image"] for item in items]), masks, labels, names
+def load_micro_batches(samples, training: Training, settings: Settings, first: int):
+    """This process's micro-batches from step `first` on; those of all processes, in order of rank, are the batches.
+
+    Yields images float32 [b, 3, h, w], and of each: masks float32 [S, h, w], labels int64 [S], name.
+    """
+    recipe, device, accumulate = training.recipe, settings.device, settings.accumulate
+    size = recipe.batch // (WORLD * accumulate)  # images in a micro-batch
+    parts = range(RANK * accumulate, (RANK + 1) * accumulate)
+    starts = (step * recipe.batch + part * size for step in range(first, recipe.steps) for part in parts)
+    loader = DataLoader(
+        TrainCrops(samples, recipe, training.seed),
+        batch_sampler=(range(start, start + size) for start in starts),
+        num_workers=settings.workers,
+        collate_fn=list,
+        pin_memory=device == "cuda",
+        worker_init_fn=run.leave_interrupts_to_the_parent,
+    )
+    for crops in loader:
+        images = torch.stack([crop["image"].to(device, non_blocking=True) for crop in crops])
+        masks = [crop["masks"].to(device).float() for crop in crops]
+        labels = [crop["labels"].to(device) for crop in crops]
+        yield images, masks, labels, [crop["name"] for crop in crops]
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
-def make_optimiser(model: FusedModel, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; encoders at `master_rate` of the rate, no weight decay on norms, biases, embeddings, position tables."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables = ("pos_embed", "rel_pos", "relative_position", "level_embed", "_token")
-    groups = {}
+    groups = defaultdict(list)
     for name, parameter in model.named_parameters():
+        encoder = name.startswith(("pyramid.master.", "pyramid.auxiliary."))
+        table = id(parameter) in embeddings or any(word in name for word in tables)
+        decays = parameter.ndim > 1 and not table
         if parameter.requires_grad:
-            encoder = name.startswith(("pyramid.master.", "pyramid.auxiliary."))
-            table = id(parameter) in embeddings or any(word in name for word in tables)
-            groups.setdefault((encoder, parameter.ndim > 1 and not table), []).append(parameter)
+            groups[recipe.master_rate if encoder else 1.0, recipe.weight_decay if decays else 0.0].append(parameter)
     return torch.optim.AdamW(
         [
-            {
-                "params": parameters,
-                "rate": recipe.learning_rate * (recipe.master_rate if encoder else 1.0),
-                "weight_decay": recipe.weight_decay if decays else 0.0,
-            }
-            for (encoder, decays), parameters in groups.items()
+            {"params": parameters, "rate": recipe.learning_rate * rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
         ],
         fused=next(model.parameters()).is_cuda,
     )
@@ -278,368 +274,260 @@ def schedule(step: int, recipe: Recipe) -> float:
     return (1 - step / recipe.steps) ** 0.9
 
 
+def resume(model: nn.Module, optimiser: torch.optim.AdamW, checkpoint: dict) -> int:
+    """Fill both from a checkpoint, of whatever device, and empty it: it is as large. Returns how many steps are done."""
+    model.load_state_dict(checkpoint["model"])
+    for group in checkpoint["optimiser"]["param_groups"]:
+        group["fused"] = optimiser.defaults["fused"]
+    optimiser.load_state_dict(checkpoint["optimiser"])
+    for parameter, moments in optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # a GPU's layout of memory is not a CPU's
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+    step = checkpoint["step"]
+    checkpoint.clear()
+    return step
+
+
 @contextlib.contextmanager
 def collect_signals():
     """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
     received = []
-
-    def receive(number, frame):
-        received.append(number)
-        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in both]
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(both, before, strict=True):
             signal.signal(number, handler)
 
 
-def train(
-    model: FusedModel,
-    samples: Dataset,
-    recipe: Recipe,
-    settings: dict,
-    folder: Path,
-    checkpoint: dict | None = None,
-    device: str = "cpu",
-    workers: int = 2,
-    accumulate: int = 1,
-) -> int | None:
+def train(model, samples, training: Training, settings: Settings, folder: Path, checkpoint=None) -> int | None:
     """Train for the recipe's steps, or for what is left of them after `checkpoint` (see load_checkpoint).
 
-    settings: what decides the result, its seed among it; kept in the checkpoint. A step's batch is shared by all
-    processes, and by each cut into `accumulate` parts. Leaves checkpoint.pt, the one before it, and log.csv. Returns
-    the signal that ended it early, or None. Raises UserError when a loss is not finite.
+    Leaves checkpoint.pt and log.csv. Returns the signal that ended it early, or None; raises UserError for a loss or
+    gradient that is not finite.
     """
-    cuda = device == "cuda"
-    model.to(device).train()
-    if cuda:
-        torch.set_float32_matmul_precision("high")  # TF32
-        model.to(memory_format=torch.channels_last)
+    recipe, device, accumulate = training.recipe, settings.device, settings.accumulate
+    layout = torch.channels_last if device == "cuda" else torch.preserve_format
+    model.to(device, memory_format=layout).train()
     optimiser = make_optimiser(model, recipe)
-    first = 0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        # The checkpoint may come from another kind of device, with another kernel and another layout of memory.
-        for group in optimiser.param_groups:
-            group["fused"] = cuda
-        for parameter, moments in optimiser.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
-            moments["step"] = moments["step"].to(device)
-        first = checkpoint["step"]
-        checkpoint.clear()  # it is as large as model and optimiser together
-        then = "going on from there" if first < recipe.steps else "nothing is left to train"
-        print(f"{folder / 'checkpoint.pt'} holds step {first} of {recipe.steps}: {then}")
-    if run.sum_over_processes(torch.tensor(first, device=device)).item() != first * run.world():
-        raise UserError(f"not all processes read the same checkpoint of {folder}: can all of them see the folder?")
-    learner = model  # what the forward pass goes through, so that the backward pass averages over the processes
-    if run.world() > 1:
-        learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    # A batch is cut into parts, one for each process and turn; what is random in a part depends on its number alone.
-    parts = range(run.rank() * accumulate, (run.rank() + 1) * accumulate)  # of this process
-    size = recipe.batch // (run.world() * accumulate)  # images in a part
-    loader = DataLoader(
-        TrainCrops(samples, recipe, settings["seed"]),
-        batch_sampler=(
-            range(step * recipe.batch + part * size, step * recipe.batch + (part + 1) * size)
-            for step in range(first, recipe.steps)
-            for part in parts
-        ),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=cuda,
-        worker_init_fn=run.leave_interrupts_to_the_parent,
-    )
-    stream, recent = iter(loader), deque(maxlen=50)
-    bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=run.rank() > 0)
+    first = resume(model, optimiser, checkpoint) if checkpoint else 0
+    learner = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    micro_batches = load_micro_batches(samples, training, settings, first)
+    bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
     with collect_signals() as signals, open_log(folder, first) as log:
         for step in bar:
-            began = time.perf_counter()
-            batch = [next(stream) for _ in parts]  # images [b, 3, h, w], masks, labels and names of each part
-            waiting = time.perf_counter() - began
+            # ------------------------------------------------------------------ learning rate
+            began, terms = time.perf_counter(), 0
             for group in optimiser.param_groups:  # "rate" is a group's own at the start
                 group["lr"] = group["rate"] * schedule(step, recipe)
 
-            # the loss of a part samples points; no two parts of a training draw them alike
-            seeds = [settings["seed"] * 1_000_003 + step + (part << 40) for part in parts]
-            counts = average_counts(model, batch, device)
-            terms, problem, failed, stop = forward_backward(learner, batch, seeds, counts, device, signals)
-            if not failed:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                problem = None if norm.isfinite() else "the gradient is not finite"
-            if problem:
-                file = save_problem(folder, model, settings, step, counts, seeds, batch)
-            if problem or failed:
-                run.gather(None)  # wait for all: torchrun kills the others once one has left
-            if problem:
-                names = ", ".join(name for *_, names in batch for name in names)
-                raise UserError(
-                    f"training stopped in step {step + 1}, images {names}: {problem}; {file} holds what reproduces it, "
-                    "the last checkpoint stays"
-                )
-            if failed:
-                raise UserError(f"training stopped in step {step + 1}: another process says why")
+            for micro_batch in range(accumulate):
+                # -------------------------------------------------------------- forward
+                images, masks, labels, names = next(micro_batches)
+                stopped = f"training stopped in step {step + 1}, the last checkpoint stays; images {', '.join(names)}"
+                # The loss samples points, and no two micro-batches of a training draw them alike.
+                part = RANK * accumulate + micro_batch
+                torch.manual_seed(training.seed * 1_000_003 + step + (part << 40))
+                learner.require_backward_grad_sync = micro_batch == accumulate - 1  # processes average only then
+                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                    outputs = learner(images.to(memory_format=layout))
+                # -------------------------------------------------------------- loss
+                try:
+                    losses = model.losses(outputs, masks, labels)
+                except FloatingPointError as error:
+                    raise UserError(f"{stopped}: {error}") from None
+                terms += torch.stack([loss.detach() for loss in losses.values()]) / accumulate
+                # -------------------------------------------------------------- backward
+                (sum(losses.values()) / accumulate).backward()
+            # ------------------------------------------------------------------ clip
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            need(norm.isfinite(), f"{stopped}: the gradient is not finite")
+            # ------------------------------------------------------------------ step
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-
-            # Report, and save
-            terms = (run.sum_over_processes(terms) / run.world()).tolist()
-            seconds, memory = time.perf_counter() - began, peak_memory(device)
-            rate = optimiser.param_groups[-1]["lr"]  # the decoder's
-            recent.append([sum(terms), *terms, seconds, waiting])
-            log.writerow([step + 1, sum(terms), *terms, rate, seconds, waiting, recipe.batch / seconds, memory])
-            bar.set_postfix_str(progress(recent, rate, recipe.batch, memory), refresh=False)
+            # ------------------------------------------------------------------ log
+            shared = torch.cat([terms, terms.new_tensor([len(signals)])])
+            if WORLD > 1:  # all must agree to stop: one that ended alone would leave the others waiting
+                dist.all_reduce(shared)
+            *terms, stop = (shared / WORLD).tolist()
+            row = [step + 1, sum(terms), *terms, group["lr"], time.perf_counter() - began]
+            print(*row, sep=",", file=log)
+            bar.set_postfix(loss=row[1], refresh=False)
+            # ------------------------------------------------------------------ save
             last = step + 1 == recipe.steps
             if (step + 1) % recipe.save_every == 0 or last or stop:
-                save_checkpoint(folder, model, optimiser, step + 1, settings)
+                save_checkpoint(folder, model, optimiser, step + 1, training)
             if stop and not last:
                 return signals[0] if signals else signal.SIGTERM
-    return None
 
 
-def average_counts(model: FusedModel, batch: list, device: str) -> torch.Tensor:
-    """The mean of loss_counts over the parts of a batch, of all processes: what each part's losses are divided by."""
-    counts = run.sum_over_processes(sum(model.loss_counts(labels) for _, _, labels, _ in batch).to(device)).cpu()
-    counts[0].clamp_(min=1)  # masks; the library divides by one where there is none
-    return counts / (run.world() * len(batch))
+# ---------------------------------------------------------------------------------------------- files
 
 
-def forward_backward(learner: nn.Module, batch: list, seeds: list[int], counts, device: str, signals: list):
-    """Gradients of a batch's loss, part by part, averaged over the processes with the last one.
-
-    Returns the loss terms [3], what went wrong here or None, whether it went wrong in any process, and whether any
-    process was told to stop: one that ended alone would leave the others waiting for its gradients.
-    """
-    model, cuda = getattr(learner, "module", learner), device == "cuda"
-    terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
-    for turn, (seed, (images, masks, labels, _)) in enumerate(zip(seeds, batch, strict=True)):
-        torch.manual_seed(seed)
-        images = images.to(device, non_blocking=True)
-        masks, labels = [m.to(device).float() for m in masks], [k.to(device) for k in labels]
-        last = turn == len(batch) - 1
-        with contextlib.nullcontext() if last or learner is model else learner.no_sync():
-            with torch.autocast(device, torch.bfloat16, enabled=cuda):
-                outputs = learner(images.to(memory_format=torch.channels_last) if cuda else images)
-            problem = None
-            try:
-                losses = model.losses(outputs, masks, labels, counts)
-            except FloatingPointError as error:
-                problem = str(error)
-            ends = torch.tensor([problem is not None, len(signals)], device=device)
-            failed, stop = run.sum_over_processes(ends).tolist()
-            if failed:
-                break
-            (sum(losses.values()) / len(batch)).backward()
-        terms += torch.stack([value.detach() for value in losses.values()]) / len(batch)
-    return terms, problem, failed, stop
-
-
-def progress(recent: deque, rate: float, batch: int, memory: float) -> str:
-    """What stands beside the bar, from the last rows: loss, its terms, seconds of a step, of these waiting for data."""
-    loss, *terms, seconds, waiting = np.mean(recent, axis=0)
-    terms = " + ".join(f"{name} {term:.2f}" for name, term in zip(LOSS_WEIGHTS, terms, strict=True))
-    shown = f"loss {loss:.2f} = {terms}, rate {rate:.1e}, {batch / seconds:.1f} images/s, {memory:.1f} GB"
-    if len(recent) < recent.maxlen or waiting < 0.1 * seconds:  # the first steps wait for the workers to start
-        return shown
-    return f"{shown}, {waiting / seconds:.0%} of the time waiting for data: raise --workers"
-
-
-def peak_memory(device: str) -> float:
-    """Of this process, in GB: on a GPU what tensors took there, else what it took of the machine's."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return np.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-@contextlib.contextmanager
-def open_log(folder: Path, rows: int):
-    """log.csv, cut back to its first `rows`: what was done after the last checkpoint is done again. Yields a writer."""
-    path = folder / "log.csv" if run.rank() == 0 else Path(os.devnull)
-    if run.rank() == 0:
-        columns = ["step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds", "waiting", "images_per_second", "memory"]
-        lines = path.read_text().splitlines()[1:] if rows and path.is_file() else []
-        lines = [line for line in lines if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= rows]
-        with run.whole_file(path) as temporary:
-            temporary.write_text("\n".join([",".join(columns), *lines, ""]))
-    with open(path, "a", newline="", buffering=1) as file:
-        yield csv.writer(file, lineterminator="\n")
+def open_log(folder: Path, first: int):
+    """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a" if first else "w", buffering=1)  # noqa: SIM115
+    if not first:
+        print(*LOG, sep=",", file=log)
+    return log
 
 
 def read_log(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of log.csv by name, one number a step; UserError if it is gone."""
+    """The columns of log.csv by name, one number a step, of its last row; UserError if it is gone."""
     path = folder / "log.csv"
     try:
-        with open(path) as file:
-            columns = file.readline().strip().split(",")
-        return dict(zip(columns, np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T, strict=True))
+        rows = {row[0]: row for row in np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)}
+        return dict(zip(LOG, np.array([rows[step] for step in sorted(rows)]).T, strict=True))
     except (OSError, ValueError):
         raise UserError(f"training is complete, but {path} is gone or damaged: nothing to report or draw") from None
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, settings: dict) -> None:
-    """Write checkpoint.pt whole, and keep the one before it as checkpoint_previous.pt.
+def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, training: Training) -> None:
+    """The step stands for the schedule, the place in the data and the random numbers: all follow from it and the seed."""
+    content = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+    content |= {"step": step, "settings": asdict(training)}
+    if RANK == 0:
+        for left in folder.glob(".checkpoint.pt.*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
+        with run.whole_file(folder / "checkpoint.pt") as temporary:
+            torch.save(content, temporary)
 
-    The step stands for the schedule, the place in the data and the random numbers: they follow from it and the seed.
-    """
-    if run.rank():
-        return
-    content = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "settings": settings}
+
+def load_checkpoint(folder: Path, training: Training) -> dict | None:
+    """The folder's checkpoint, or None; UserError if it is damaged or was made with other settings."""
     path = folder / "checkpoint.pt"
-    for left in folder.glob(f".{path.name}.*.tmp"):  # by a process that was killed while it wrote
-        left.unlink()
-    with run.whole_file(path) as temporary:
-        torch.save(content, temporary)
-        if path.is_file():
-            os.replace(path, folder / "checkpoint_previous.pt")
-
-
-def save_problem(folder: Path, model: nn.Module, settings: dict, step: int, counts, seeds: list, batch: list) -> Path:
-    """Write nonfinite.pt, with which this process's share of a step can be looked into. On a CPU it is the very step; a
-    GPU draws other points for the loss, and computes in bfloat16.
-
-    saved = torch.load("nonfinite.pt", "cpu", weights_only=True)
-    model = build_model(saved["settings"], weights={}).train()
-    model.load_state_dict(saved["model"])
-    for seed, (images, masks, labels, names) in zip(saved["seeds"], saved["batch"]):
-        torch.manual_seed(seed)
-        losses = model.losses(model(images), [m.float() for m in masks], labels, saved["counts"])
-        sum(losses.values()).backward()
-    """
-    path = folder / ("nonfinite.pt" if run.rank() == 0 else f"nonfinite_{run.rank()}.pt")
-    content = {"settings": settings, "model": model.state_dict(), "step": step}
-    with run.whole_file(path) as temporary:
-        torch.save(content | {"counts": counts, "seeds": seeds, "batch": batch}, temporary)
-    return path
-
-
-def load_checkpoint(folder: Path, settings: dict) -> dict | None:
-    """The folder's newest readable checkpoint, or None; UserError if it was made with other settings."""
-    paths = [folder / name for name in ("checkpoint.pt", "checkpoint_previous.pt")]
-    paths = [path for path in paths if path.is_file()]
-    for path in paths:
-        try:
-            checkpoint = torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for a damaged file
-            print(f"{path} cannot be read ({type(error).__name__})")
-            continue
-        run.same_settings(path, checkpoint["settings"], settings, "give another --out, or delete the checkpoints there")
-        return checkpoint
-    if paths:
-        raise UserError(f"no checkpoint of {folder} can be read: move them away to start anew")
-    return None
+    if not path.is_file():
+        return None
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        step, settings = checkpoint["step"], checkpoint["settings"]
+    except Exception as error:  # torch raises many types for a damaged file
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): move it away to start anew") from None
+    run.refuse_other_settings(path, settings, asdict(training), "give another --out, or delete it")
+    then = "going on from there" if step < training.recipe.steps else "nothing is left to train"
+    print(f"{path} holds step {step} of {training.recipe.steps}: {then}")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- the stage
 
 
-def describe(model: FusedModel, samples: Dataset, settings: dict, recipe: Recipe, accumulate: int) -> None:
-    """What is trained, on what, and for how long."""
-    print(f"master      {settings['master']}, {'fine-tuned' if settings['master_mode'] == 'ft' else 'frozen'}")
-    if settings["fusion"] != "none":
-        mode = "fine-tuned" if settings["aux_mode"] == "ft" else "frozen"
-        print(f"auxiliary   {settings['auxiliary']}, {mode}, at stride {settings['stride']} by {settings['fusion']}")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
-    print(f"parameters  {trainable:.2f} M learn, {frozen:.2f} M are frozen")
-    things = sum(settings["isthing"])
-    print(f"data        {len(samples)} images of {samples.root}, {len(settings['classes'])} classes, {things} things")
-    epochs = recipe.steps * recipe.batch / len(samples)
-    shared = f", in {run.world() * accumulate} parts" if run.world() * accumulate > 1 else ""
-    print(f"schedule    {recipe.steps} steps of {recipe.batch} images{shared}: {epochs:.1f} epochs")
-    drops = f"a tenth from steps {', '.join(map(str, recipe.drops))}" if recipe.drops else "falling to 0"
-    rates = f"{recipe.learning_rate:.1e}, encoders {recipe.learning_rate * recipe.master_rate:.1e}, {drops}"
-    print(f"rate        {rates}")
-    print(
-        f"pictures    {recipe.resized_side} side {recipe.resize[0]} to {recipe.resize[1]}, crops of "
-        f"{recipe.crop[0]} x {recipe.crop[1]}; evaluated at {recipe.test_size}"
+def join_processes(device: str) -> None:
+    """Meet the others that torchrun started, each with a GPU of its own where there are some; the first one prints."""
+    if WORLD > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+
+
+def choose_pair(settings: Settings, selection: dict, folder: Path) -> dict:
+    """The selection with what the command line changes; UserError if that is no pair or needs a folder of its own."""
+    given = {name: getattr(settings, name) for name in ("master", "auxiliary", "stride")}
+    given = {name: value for name, value in given.items() if value is not None}
+    selected = not given and (settings.fusion, settings.master_mode, settings.aux_mode) == ("replace", "ft", "fz")
+    own = folder.resolve() != settings.run.resolve()
+    need(selected or own, f"this is not the selection of {settings.run}: give it a folder of its own with --out")
+    mixed = own and (folder / "features").exists()
+    need(not mixed, f"{folder} holds features, it is a run of its own: give another --out")
+    selection |= given | {"chosen_by_hand": sorted({*selection["chosen_by_hand"], *given})}
+    pair = settings.fusion == "none" or selection["master"] != selection["auxiliary"]
+    need(pair, f"master and auxiliary are both {selection['master']}: choose two, or --fusion none")
+    return selection
+
+
+def plan(settings: Settings, changes: dict, found: dict, selection: dict) -> tuple[Training, Dataset]:
+    """What is trained, and the pictures it is trained on; UserError for what cannot be."""
+    names = ("master", "auxiliary") if settings.fusion != "none" else ("master",)
+    weights = {selection[name]: found["weights"].get(selection[name], "pretrained") for name in names}
+    weights_from = {encoder: weights_origin(encoder, source) for encoder, source in weights.items()}
+    for encoder, now in weights_from.items():
+        before = found["weights_from"].get(encoder, now)
+        advice = "bring those back, or begin with 01_extract.py and another --run"
+        need(now == before, f"{encoder} was measured with other weights ({before}) than these ({now}): {advice}")
+        if weights[encoder] == "none":
+            print(f"WARNING: {encoder} starts from random weights")
+    if weights[selection["master"]] == "none":
+        changes = {"master_rate": 1.0} | changes
+    recipe = choose_recipe(found["benchmark"], changes, settings.accumulate)
+
+    data = settings.data or Path(found["data"])
+    need(data.is_dir(), f"there is no folder {data}: say where your data sets are with --data")
+    samples = open_split(found["benchmark"], data, "train")
+    training = Training(
+        found["benchmark"],
+        **{name: selection[name] for name in ("master", "auxiliary", "stride")},
+        **{name: getattr(settings, name) for name in ("fusion", "master_mode", "aux_mode")},
+        seed=found["seed"] if settings.seed is None else settings.seed,
+        weights=weights,
+        weights_from=weights_from,
+        train_images=len(samples),
+        class_names=[category.name for category in samples.categories],
+        isthing=[category.isthing for category in samples.categories],
+        recipe=recipe,
     )
+    return training, samples
+
+
+def describe(model: nn.Module, training: Training, samples: Dataset, parts: int) -> None:
+    """What is trained, on what, and for how long."""
+    recipe, frozen = training.recipe, {"ft": "fine-tuned", "fz": "frozen"}
+    print(f"master      {training.master}, {frozen[training.master_mode]}")
+    if training.fusion != "none":
+        way = f"{frozen[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
+        print(f"auxiliary   {training.auxiliary}, {way}")
+    learn, fixed = (sum(p.numel() for p in model.parameters() if p.requires_grad is on) / 1e6 for on in (True, False))
+    print(f"parameters  {learn:.2f} M learn, {fixed:.2f} M are frozen")
+    print(f"data        {len(samples)} images of {samples.root}, {len(training.class_names)} classes")
+    epochs = recipe.steps * recipe.batch / len(samples)
+    shared = f", in {parts} parts" if parts > 1 else ""
+    print(f"schedule    {recipe.steps} steps of {recipe.batch} images{shared}: {epochs:.1f} epochs")
+    print("recipe      " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()))
+
+
+def report(folder: Path) -> None:
+    """Draw the losses, and print their means over the four quarters of the training."""
+    log = read_log(folder)
+    terms = ("loss", *LOSS_WEIGHTS)
+    figures.draw_loss(folder / "loss.png", log, terms)
+    print(f"\n{'steps':>15} " + " ".join(f"{name:>14}" for name in (*terms, "seconds")))
+    for quarter in filter(len, np.array_split(np.arange(len(log["step"])), 4)):
+        means = " ".join(f"{log[name][quarter].mean():>14.3f}" for name in (*terms, "seconds"))
+        print(f"{f'{quarter[0] + 1}-{quarter[-1] + 1}':>15} {means}")
+    print(f"\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
+    print(f"next: {run.command('05_eval.py', folder)}")
 
 
 def main():
-    args = parse_arguments()
-    run.join_processes(args.device)
-    source = args.run
-    asked = run.read_stage(source, "run.json", "01_extract.py")
-    selection = run.read_stage(source, "selection.json", "03_select.py")
-    name = asked["benchmark"]
-    if name is None:
-        raise UserError(f"{source} holds pictures without labels: training needs a run made with --benchmark")
-
-    # What is trained: the selection, unless the command line says otherwise. Then it is another run, in its own folder.
-    folder = args.out or source
-    by_hand = {k: getattr(args, k) for k in ("master", "auxiliary", "stride") if getattr(args, k) is not None}
-    if folder.resolve() == source.resolve() and (by_hand or (args.fusion, args.master_mode, args.aux_mode) != METHOD):
-        raise UserError(f"this is not the selection of {source}: give it a folder of its own with --out")
-    selection |= by_hand
-    selection["chosen_by_hand"] = sorted({*selection["chosen_by_hand"], *by_hand})
-    if selection["master"] == selection["auxiliary"] and args.fusion != "none":
-        raise UserError(f"master and auxiliary are both {selection['master']}: choose two, or --fusion none")
-    used = [selection["master"]] + ([selection["auxiliary"]] if args.fusion != "none" else [])
-    weights = {encoder: asked["weights"].get(encoder, "pretrained") for encoder in used}
-    recipe = choose_recipe(args, name)
-    if weights[selection["master"]] == "none":
-        recipe = dataclasses.replace(recipe, master_rate=1.0)
-    data = args.data or Path(asked["data"])
-    if not data.is_dir():
-        raise UserError(f"there is no folder {data}: say where your data sets are with --data")
-    with run.first_process_first():
-        samples = open_split(name, data, "train")
-    settings = {key: selection[key] for key in ("master", "auxiliary", "stride")}
-    settings |= {"benchmark": name, "fusion": args.fusion, "master_mode": args.master_mode, "aux_mode": args.aux_mode}
-    origin = {encoder: weights_origin(encoder, weights[encoder]) for encoder in used}
-    for encoder in used:
-        if origin[encoder] != (measured := asked.get("weights_from", {}).get(encoder, origin[encoder])):
-            raise UserError(
-                f"{encoder} was measured with other weights ({measured}) than these ({origin[encoder]}): "
-                "bring those back, or begin with 01_extract.py and another --run"
-            )
-    settings |= {"weights": weights, "weights_from": origin, "seed": asked["seed"] if args.seed is None else args.seed}
-    settings |= {"train_images": len(samples), "classes": [name for _, name, _ in samples.categories]}
-    settings |= {"isthing": [isthing for _, _, isthing in samples.categories], **dataclasses.asdict(recipe)}
-
-    for encoder in used:
-        if weights[encoder] == "none":
-            print(f"WARNING: {encoder} starts from random weights")
-    run.seed_everything(settings["seed"])
-    model = build_model(settings, weights)
-    describe(model, samples, settings, recipe, args.accumulate)
-    if args.steps == 0:
+    settings, changes = run.parse(__doc__, Settings, Recipe)
+    join_processes(settings.device)
+    folder = settings.out or settings.run
+    found = run.read_stage(settings.run, "run.json", "01_extract.py")
+    selection = run.read_stage(settings.run, "selection.json", "03_select.py")
+    labelled = found["benchmark"] is not None
+    need(labelled, f"{settings.run} holds pictures without labels: training needs a run made with --benchmark")
+    selection = choose_pair(settings, selection, folder)
+    training, samples = plan(settings, changes, found, selection)
+    torch.manual_seed(training.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    model = build_model(asdict(training), training.weights)
+    describe(model, training, samples, WORLD * settings.accumulate)
+    if changes.get("steps") == 0:
         return None
 
-    checkpoint = load_checkpoint(folder, settings)  # refuses a folder of other settings before anything is written
-    if folder.resolve() != source.resolve():
-        extraction = {key: value for key, value in asked.items() if key not in ("command", "versions")}
-        with run.first_process_first():
-            run.open_run(folder, extraction, asked["command"])
-            if run.rank() == 0:
-                run.write_json(folder / "selection.json", selection)
-    ended_by = train(model, samples, recipe, settings, folder, checkpoint, args.device, args.workers, args.accumulate)
+    checkpoint = load_checkpoint(folder, training)
+    if RANK == 0 and folder.resolve() != settings.run.resolve():
+        run.write_json(folder / "run.json", found)
+        run.write_json(folder / "selection.json", selection)
+    ended_by = train(model, samples, training, settings, folder, checkpoint)
     if ended_by:
         print(f"\ninterrupted; {folder}/checkpoint.pt is up to date, and the same command goes on from there")
         return 128 + ended_by
-    if run.rank():
-        return None
-
-    # What came of it
-    log = read_log(folder)
-    figures.draw_loss(folder / "loss.png", log, ["loss", *LOSS_WEIGHTS])
-    print(f"\n{'steps':>15} {'loss':>8} " + " ".join(f"{name:>14}" for name in LOSS_WEIGHTS) + f" {'s/step':>8}")
-    count = len(log["step"])
-    edges = sorted({0, count // 4, count // 2, 3 * count // 4, count})
-    for begin, end in zip(edges, edges[1:], strict=False):
-        mean = {name: column[begin:end].mean() for name, column in log.items()}
-        terms = " ".join(f"{mean[name]:>14.3f}" for name in LOSS_WEIGHTS)
-        print(f"{f'{begin + 1}-{end}':>15} {mean['loss']:>8.3f} {terms} {mean['seconds']:>8.3f}")
-    print(f"\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
-    print(f"next: {run.command('05_eval.py', folder)}")
+    if RANK == 0:
+        report(folder)
     return None
 
 

@@ -1,12 +1,10 @@
 """Stage 5: evaluate the trained model.
 
-    python 05_eval.py                                    the run's own benchmark, runs/toycity
-    python 05_eval.py --benchmark cityscapes_instance    another one of the same classes
-    python 05_eval.py --all                              every benchmark that is on disk and has the model's classes
+    python 05_eval.py                                    on its benchmark's validation images, runs/toycity
+    python 05_eval.py --limit 100                        on some of them, evenly spaced: results_limit100.json
     python 05_eval.py --save-predictions                 in the forms that Cityscapes and COCO want, under submission/
     python 05_eval.py --images holiday/                  no scores: draw what the model sees on your own pictures
     python 05_eval.py --compare runs/*                   no model: one table of what several runs scored
-    torchrun --nproc_per_node=4 -- 05_eval.py …          the images shared by four GPUs
 
 One model answers up to three questions. Semantic: which class is each pixel? (mIoU) Instance: where is each thing, and
 how sure are we? (AP) Panoptic: one label for each pixel, things told apart. (PQ)
@@ -19,55 +17,49 @@ import io
 import shutil
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from common import figures, run
+from common.datasets import (
+    BENCHMARKS,
+    CITYSCAPES_VOID,
+    KITTI360_THINGS,
+    Split,
+    compact,
+    count_pairs,
+    list_pictures,
+    open_split,
+    read_image,
+    working_size,
+)
+from common.model import PADDING, FusedModel, build_model
+from common.run import CORES, DEVICES, UserError, flag, need, positive
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from scipy import ndimage, stats
+from scipy import ndimage
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-
-from common import figures, run
-from common.benchmarks import (
-    BENCHMARKS,
-    CITYSCAPES_VOID,
-    KITTI360_THINGS,
-    CocoInstances,
-    find_benchmark,
-    list_pictures,
-    on_disk,
-    open_split,
-    present,
-    read_image,
-    without_a_file_name,
-    working_size,
-)
-from common.model import PADDING, FusedModel, build_model
-from common.run import UserError
 
 # ---------------------------------------------------------------------------------------------- settings
 
 
-def parse_arguments():
-    parser = run.arguments(__doc__)
-    parser.add_argument("--data", type=Path, help="data root (default: as in stage 1)")
-    parser.add_argument("--limit", type=run.positive, help="evaluate only so many images, evenly spaced")
-    parser.add_argument("--save-predictions", action="store_true", help="write submission/ as well")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--benchmark", help="instead of the run's own")
-    instead.add_argument("--all", action="store_true", help="every benchmark on disk whose classes fit")
-    instead.add_argument("--images", type=Path, metavar="FOLDER", help="draw predictions on a folder of pictures")
-    instead.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="table the results of several runs")
-    args = parser.parse_args()
-    if (args.images or args.compare) and (args.limit or args.save_predictions):
-        parser.error("--limit and --save-predictions go with an evaluation, not with --images or --compare")
-    return args
+@dataclass
+class Settings:
+    run: Path = flag(Path("runs/toycity"), "run folder")
+    data: Path | None = flag(None, "data root (default: as in stage 1)")
+    limit: int | None = flag(None, "evaluate only so many images, evenly spaced", type=positive)
+    save_predictions: bool = flag(False, "write submission/ as well")
+    images: Path | None = flag(None, "draw predictions on a folder of pictures instead", metavar="FOLDER")
+    compare: tuple[Path, ...] = flag((), "table the results of several runs instead", metavar="RUN")
+    device: str = flag(DEVICES[0], choices=DEVICES)
+    workers: int = flag(CORES, "helpers beside the main process", type=positive)
 
 
 # ---------------------------------------------------------------------------------------------- inference
@@ -90,19 +82,19 @@ def predict(model: FusedModel, image: torch.Tensor, size: str, device: str) -> t
     return class_logits[0].float().softmax(-1), masks.sigmoid_()
 
 
-def semantic(classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def semantic(class_probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Class of each pixel, int64 [H, W]: every query votes for its classes where its mask is."""
-    return torch.einsum("qc,qhw->chw", classes[:, :-1], masks).argmax(0)
+    return torch.einsum("qc,qhw->chw", class_probabilities[:, :-1], masks).argmax(0)
 
 
 def instances(
-    classes: torch.Tensor, masks: torch.Tensor, things: list[int], top: int = 100
+    class_probabilities: torch.Tensor, masks: torch.Tensor, things: list[int], top: int = 100
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The things among the `top` best pairs of query and class: masks bool [N, H, W], labels int64 [N], scores [N].
 
     score = class probability x mean mask probability inside the mask.
     """
-    probabilities = classes[:, :-1]
+    probabilities = class_probabilities[:, :-1]
     scores, order = probabilities.flatten().topk(min(top, probabilities.numel()))
     queries, labels = order // probabilities.shape[1], order % probabilities.shape[1]
     thing = torch.isin(labels, torch.tensor(things, device=labels.device))
@@ -113,7 +105,7 @@ def instances(
 
 
 def panoptic(
-    classes: torch.Tensor,
+    class_probabilities: torch.Tensor,
     masks: torch.Tensor,
     things: list[int],
     object_threshold: float = 0.8,
@@ -125,8 +117,8 @@ def panoptic(
     the query with the highest probability x mask; a query that keeps under `overlap_threshold` of its own mask is
     dropped.
     """
-    scores, labels = classes.max(-1)
-    chosen = (labels < classes.shape[1] - 1) & (scores > object_threshold)
+    scores, labels = class_probabilities.max(-1)
+    chosen = (labels < class_probabilities.shape[1] - 1) & (scores > object_threshold)
     scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]
     ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
     if not labels:
@@ -148,6 +140,298 @@ def panoptic(
     return ids, segments
 
 
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def scores_for(samples: Split) -> dict:
+    """An empty score for each of a split's measures: {"semantic", "instance", "panoptic": score}."""
+    scores = {}
+    if "mIoU" in samples.measures:
+        scores["semantic"] = SemanticScore([category.name for category in samples.categories])
+    if "AP" in samples.measures and samples.coco:
+        scores["instance"] = CocoInstanceScore(samples.coco.file)
+    elif "AP" in samples.measures:
+        scores["instance"] = CityscapesInstanceScore({c.name: c.id for c in samples.categories if c.isthing})
+    if "PQ" in samples.measures:
+        scores["panoptic"] = PanopticScore([category._asdict() for category in samples.categories])
+    return scores
+
+
+def evaluate(
+    model: FusedModel, samples: Split, size: str, settings: Settings, indices: list[int], submission: Path | None = None
+) -> dict:
+    """Score a model on the images `indices` of a validation split at the working `size`: {task: that score's result}.
+
+    The split's measures say which: mIoU, AP (Cityscapes' or KITTI-360's rules, COCO's on COCO) and PQ. With
+    `submission`, a folder, predictions are written there in the forms of Cityscapes and COCO.
+    """
+    scores, annotations = scores_for(samples), []  # in COCO's panoptic form
+    ids = torch.tensor([category.id for category in samples.categories])
+    things = [label for label, category in enumerate(samples.categories) if category.isthing]
+    loader = DataLoader(
+        Subset(samples, indices),
+        batch_size=None,
+        num_workers=settings.workers,
+        worker_init_fn=run.leave_interrupts_to_the_parent,
+    )
+    model.to(settings.device).eval()
+    for sample in tqdm(loader, "evaluating", unit="image"):
+        truth, stem = sample["truth"], submission_stem(sample["name"])
+        class_probabilities, masks = predict(model, sample["image"], size, settings.device)
+        if "semantic" in scores:
+            labels = semantic(class_probabilities, masks).cpu()
+            scores["semantic"].update(labels, *truth["semantic"])
+            if submission:
+                save_png(submission / f"semantic/{stem}.png", ids[labels].numpy())
+        if "instance" in scores:
+            found, labels, confidence = (part.cpu() for part in instances(class_probabilities, masks, things))
+            if samples.coco:
+                scores["instance"].update(sample["image_id"], found, ids[labels], confidence)
+            else:
+                scores["instance"].update(found, ids[labels], confidence, *truth["instance"])
+                if submission:
+                    save_instances(submission / "instance", stem, found, ids[labels], confidence)
+        if "panoptic" in scores:
+            segment_ids, segments = panoptic(class_probabilities, masks, things)
+            segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
+            scores["panoptic"].update(segment_ids.cpu(), segments, *truth["panoptic"])
+            if submission:
+                save_panoptic(submission / f"panoptic/{stem}.png", segment_ids.cpu())
+                entry = {"image_id": sample["image_id"], "file_name": f"{stem}.png", "segments_info": segments}
+                annotations.append(entry)
+    if submission and "panoptic" in scores:
+        run.write_json(submission / "panoptic.json", {"annotations": annotations})
+    if submission and samples.coco and "instance" in scores:
+        run.write_json(submission / "instances.json", scores["instance"].as_results())
+    results = {task: score.result() for task, score in scores.items()}
+    if samples.categories == KITTI360_THINGS:  # it counts buildings, hardly anyone else does
+        others = [ap for name, ap in results["instance"]["per_class"].items() if name != "building"]
+        results["instance"]["AP_without_building"] = mean(np.array(others))
+    return results
+
+
+def submission_stem(name: str) -> str:
+    """The name of a picture's files in a submission; Cityscapes looks for <city>_<sequence>_<frame>*."""
+    stem = Path(name).with_suffix("").as_posix().replace("/", "__")
+    return stem.rsplit("__", 1)[-1].removesuffix("_leftImg8bit") if stem.endswith("_leftImg8bit") else stem
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """8 bits a channel; pixels [H, W] or [H, W, 3]."""
+    with run.whole_file(path) as temporary:
+        Image.fromarray(pixels.astype(np.uint8)).save(temporary, "PNG")
+
+
+def save_instances(folder: Path, stem: str, masks: torch.Tensor, label_ids: torch.Tensor, scores: torch.Tensor) -> None:
+    """Cityscapes' form: <stem>.txt with a line for each mask: its file, label id and confidence."""
+    lines = []
+    for i, (mask, label, score) in enumerate(zip(masks, label_ids.tolist(), scores.tolist(), strict=True)):
+        save_png(folder / f"{stem}_{i:03}.png", 255 * mask.numpy())
+        lines.append(f"{stem}_{i:03}.png {label} {score}\n")
+    with run.whole_file(folder / f"{stem}.txt") as temporary:
+        temporary.write_text("".join(lines))
+
+
+def save_panoptic(path: Path, ids: torch.Tensor) -> None:
+    """COCO's form: id = R + 256 G + 65536 B."""
+    save_png(path, torch.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).numpy())
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+def drawing(model: FusedModel, trained: dict, sample: dict, device: str) -> tuple[torch.Tensor, list]:
+    """A row of predictions.png: the image, its truth if it has one, and the prediction (things above 0.5)."""
+    image, things = sample["image"], [label for label, isthing in enumerate(trained["isthing"]) if isthing]
+    class_probabilities, masks = predict(model, image, trained["recipe"]["test_size"], device)
+    drawings = []
+    if "segments" in sample:
+        drawings.append(("truth", sample["segments"], sample["labels"].tolist()))
+    elif "rles" in sample:
+        true_masks = [torch.from_numpy(rle.decode(code)) for code in sample["rles"]]
+        drawings.append(("truth", painted(true_masks, image), sample["labels"].tolist()))
+    task = BENCHMARKS[trained["benchmark"]].task
+    if task == "semantic":
+        prediction = semantic(class_probabilities, masks).cpu() + 1, list(range(len(trained["class_names"])))
+    elif task == "panoptic":
+        ids, segments = panoptic(class_probabilities, masks, things)
+        prediction = ids.cpu(), [segment["label"] for segment in segments]
+    else:
+        found, labels, confidence = (part.cpu() for part in instances(class_probabilities, masks, things))
+        order = confidence.argsort()  # the surest on top
+        order = order[confidence[order] > 0.5]
+        prediction = painted(found[order], image), labels[order].tolist()
+    return image, [*drawings, ("prediction", *prediction)]
+
+
+def painted(masks, image: torch.Tensor) -> torch.Tensor:
+    """Masks that may overlap, one over the other, as segment ids int [H, W]."""
+    ids = torch.zeros(image.shape[1:], dtype=torch.int32)
+    for i, mask in enumerate(masks):
+        ids[mask.bool()] = i + 1
+    return ids
+
+
+def headline(results: dict, categories: list) -> dict[str, float]:
+    """The numbers that a reader compares, in percent, in the order of the table; mIoU_th is that of the things."""
+    numbers = {}
+    if "semantic" in results:
+        things = [results["semantic"]["per_class"][category.name] for category in categories if category.isthing]
+        numbers["mIoU"] = results["semantic"]["mIoU"]
+        if 0 < len(things) < len(categories):
+            numbers["mIoU_th"] = mean(np.array(things))
+        numbers["boundary_mIoU"] = results["semantic"]["boundary_mIoU"]
+    for task, keys in {"instance": ("AP", "AP50", "AP_without_building"), "panoptic": ("PQ", "PQ_th", "PQ_st")}.items():
+        numbers |= {key: results[task][key] for key in keys if key in results.get(task, {})}
+    return numbers
+
+
+def class_rows(results: dict) -> list[list[str]]:
+    columns = {"semantic": "IoU", "instance": "AP", "panoptic": "PQ"}
+    tasks = [task for task in columns if task in results]
+    rows = [["class", *(columns[task] for task in tasks)]]
+    for name in {name: None for task in tasks for name in results[task]["per_class"]}:
+        values = [results[task]["per_class"].get(name, np.nan) for task in tasks]
+        rows.append([name, *("-" if np.isnan(value) else f"{value:.1f}" for value in values)])
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose columns line up on a screen as well; the first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def report(folder: Path, samples: Split, trained: dict, entry: dict) -> str:
+    """What the model is, how it does, beside the paper's number, and class by class."""
+    fusion = f"{trained['auxiliary']} at stride {trained['stride']}, fusion {trained['fusion']}"
+    fusion = "alone" if trained["fusion"] == "none" else fusion
+    benchmark, steps = BENCHMARKS[trained["benchmark"]], trained["recipe"]["steps"]
+    title = f"{trained['master']}, {fusion}, {steps} steps on {benchmark.trains_on}, seed {trained['seed']}; percent"
+    title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in trained["weights"].items() if w == "none")
+    paper = f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}" if benchmark.paper != "-" else ""
+    where = f"{trained['benchmark']}, {entry['images']} of {len(samples)} images{paper}"
+    scores = entry["scores"]
+    table = markdown([list(scores), [f"{value:.1f}" for value in scores.values()]])
+    return "\n".join([f"{title}\n", f"{where}\n", table, markdown(class_rows(entry))])
+
+
+def compare(folders: tuple[Path, ...]) -> str:
+    """A row a run with its scores, then every benchmark beside the paper's number."""
+    runs = []
+    for folder in folders:
+        if not (folder / "results.json").is_file():
+            print(f"left out: {folder} has no results.json, which 05_eval.py writes for a trained run")
+            continue
+        try:
+            results = run.read_stage(folder, "results.json", "05_eval.py")
+            ((benchmark, entry),) = results["benchmarks"].items()
+            runs.append((folder.name, benchmark, results["model"], entry["scores"]))
+        except UserError as error:
+            print(f"left out: {error}")
+        except (KeyError, TypeError, ValueError):
+            print(f"left out: {folder}/results.json is of another version: run 05_eval.py again")
+    need(runs, "none of these folders holds results: run 05_eval.py on them first")
+    names = list(dict.fromkeys(name for *_, scores in runs for name in scores))
+    names = [name for name in names if name in ("mIoU", "boundary_mIoU", "AP", "PQ")]
+    short = ["b_mIoU" if name == "boundary_mIoU" else name for name in names]
+    rows = [["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", *short]]
+    for name, benchmark, model, scores in sorted(runs, key=lambda entry: (entry[1], entry[2]["stride"])):
+        fused = model["fusion"] != "none"
+        pair = [model["auxiliary"], str(model["stride"])] if fused else ["-", "-"]
+        modes = f"{model['fusion']} {model['master_mode']}" + (f"/{model['aux_mode']}" if fused else "")
+        numbers = ["-" if scores.get(name) is None else f"{scores[name]:.1f}" for name in names]
+        what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in (name, benchmark, model["master"], *pair)]
+        rows.append([*what, modes, str(model["steps"]), *numbers])
+    paper = [["benchmark", "trains on", "evaluates on", "score", "paper", "best here"]]
+    for name, benchmark in BENCHMARKS.items():
+        ours = [", ".join(f"{s[m]:.1f}" for m in benchmark.measures) for _, b, _, s in runs if b == name]
+        where = [name, benchmark.trains_on, benchmark.evaluates_on, ", ".join(benchmark.measures), benchmark.paper]
+        paper.append([*where, max(ours, default="-")])
+    return f"{markdown(rows)}\n{markdown(paper)}"
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+def load_trained(folder: Path) -> tuple[FusedModel, dict]:
+    """The model of a run's checkpoint and what it was trained with: 04_train.py's Training, as a dictionary."""
+    path, again = folder / "checkpoint.pt", f"run `{run.command('04_train.py', folder)}`"
+    need(path.is_file(), f"{path} is missing: {again} first")
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): {again} again") from None
+    try:
+        trained, step = checkpoint["settings"], checkpoint["step"]
+        if step < trained["recipe"]["steps"]:
+            print(f"WARNING: {path} holds step {step} of {trained['recipe']['steps']}: training is not finished")
+            trained["recipe"]["steps"] = step  # what is reported is what was trained
+        model = build_model(trained, weights={})
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint of this project's model ({type(error).__name__}: {reason})") from None
+    return model, trained
+
+
+def draw_folder(model: FusedModel, trained: dict, settings: Settings) -> None:
+    """predictions/<picture>.png for each picture of a folder."""
+    folder = settings.run / "predictions"
+    for name in tqdm(list_pictures(settings.images), "predicting", unit="picture"):
+        try:
+            image = read_image(settings.images / name)
+        except UserError as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        row = drawing(model, trained, {"image": image}, settings.device)
+        figures.draw_predictions(folder / f"{name}.png", [row], trained["class_names"])
+    print(f"wrote {folder}/")
+
+
+def main():
+    settings = run.parse(__doc__, Settings)
+    alone = not (settings.images or settings.compare) or not (settings.limit or settings.save_predictions)
+    need(alone, "--limit and --save-predictions go with an evaluation, not with --images or --compare")
+    if settings.compare:
+        print(compare(settings.compare))
+        return
+    folder = settings.run
+    asked = run.read_stage(folder, "run.json", "01_extract.py")
+    model, trained = load_trained(folder)
+    if settings.images:
+        draw_folder(model.to(settings.device).eval(), trained, settings)
+        return
+
+    benchmark = trained["benchmark"]
+    samples = open_split(benchmark, settings.data or Path(asked["data"]), "val")
+    fits = [category.name for category in samples.categories] == trained["class_names"]
+    need(fits, f"the model was trained on other classes than those of {samples.root}")
+    count = min(len(samples), settings.limit or len(samples))
+    indices = [i * len(samples) // count for i in range(count)]
+    part = f"_limit{count}" if count < len(samples) else ""  # a look at some never takes the place of all
+    submission = folder / f"submission{part}" / benchmark if settings.save_predictions else None
+    if submission:
+        shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
+    results = evaluate(model, samples, trained["recipe"]["test_size"], settings, indices, submission)
+
+    entry = {"images": count, "scores": headline(results, samples.categories), **results}
+    keys = ("benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights")
+    what = {key: trained[key] for key in keys} | {"steps": trained["recipe"]["steps"]}
+    run.write_json(folder / f"results{part}.json", {"model": what, "benchmarks": {benchmark: entry}})
+    text = report(folder, samples, trained, entry)
+    with run.whole_file(folder / f"results{part}.md") as temporary:
+        temporary.write_text(text)
+    rows = [drawing(model, trained, samples[i], settings.device) for i in indices[:: max(1, count // 3)][:3]]
+    figures.draw_predictions(folder / f"predictions{part}.png", rows, trained["class_names"])
+    print(f"\n{text}\nwrote results{part}.json, results{part}.md, predictions{part}.png in {folder}")
+    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
+    alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
+    print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")
+
+
 # ---------------------------------------------------------------------------------------------- scores
 
 
@@ -167,24 +451,18 @@ class SemanticScore:
 
     def update(self, pred: torch.Tensor, target: torch.Tensor) -> None:
         """pred int [H, W] of class indices; target the same, 255 where it does not count."""
-        void, size = len(self.names), len(self.names) + 1
+        void, size = len(self.names), len(self.confusion)
         target = target.numpy().astype(np.uint8)
         counts = target != 255
         target = np.where(counts, target, void).astype(np.uint8)
         pred = np.where(counts, pred.numpy(), void).astype(np.uint8)
-        pairs = target.astype(np.int32) * size + pred
-        self.confusion += np.bincount(pairs.ravel(), minlength=size**2).reshape(size, size)
+        self.confusion += count_pairs(target, pred, (size, size))
         distance = max(1, round(0.02 * np.hypot(*target.shape)))
         edges = [self.is_boundary(labels, distance) for labels in (target, pred)]
-        self.near += np.bincount(pairs[edges[0] & edges[1]], minlength=size**2).reshape(size, size)
+        both = edges[0] & edges[1]
+        self.near += count_pairs(target[both], pred[both], (size, size))
         for row, labels, edge in zip(self.boundary, (target, pred), edges, strict=True):
             row += np.bincount(labels[edge], minlength=size)
-
-    def merge(self, other: "SemanticScore") -> None:
-        """Add what another process counted on other images; the other scores have the same."""
-        self.confusion += other.confusion
-        self.near += other.near
-        self.boundary += other.boundary
 
     @staticmethod
     def is_boundary(labels: np.ndarray, distance: int) -> np.ndarray:
@@ -202,12 +480,12 @@ class SemanticScore:
             (np.diag(self.near)[:-1], self.boundary.sum(0)[:-1] - np.diag(self.near)[:-1]),
         ]:
             iou = np.where(truth > 0, 100 * hit / np.maximum(union, 1), np.nan)
-            results.append((_mean(iou), dict(zip(self.names, iou.tolist(), strict=True))))
+            results.append((mean(iou), dict(zip(self.names, iou.tolist(), strict=True))))
         (miou, per_class), (boundary_miou, _) = results
         return {"mIoU": miou, "boundary_mIoU": boundary_miou, "per_class": per_class}
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
     """Of the numbers that are not NaN; NaN if there are none."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
@@ -241,10 +519,8 @@ class CityscapesInstanceScore:
         With weights, float [H, W], areas and overlaps are sums of them.
         """
         ids, weights = instance_ids.numpy(), None if weights is None else weights.numpy()
-        values = np.array(present(ids))  # [V]
-        place_of = np.zeros(values[-1] + 1, np.int32)
-        place_of[values] = np.arange(len(values))
-        places = place_of[ids]
+        values, places = compact(ids)  # [V], [H, W]
+        values = np.array(values)
         true_area = np.bincount(places.ravel(), None if weights is None else weights.ravel())  # [V]
         overlap = np.array([self.areas(mask, places, weights, len(values)) for mask in masks.numpy()])  # [N, V]
         overlap = overlap.reshape(len(masks), len(values))
@@ -266,20 +542,11 @@ class CityscapesInstanceScore:
                 false = ~over.any(1) & (excused / area[mine] <= threshold)
                 over = over[:, wanted]
                 self.missed[label, k] += (~over.any(0)).sum()
-                right = np.zeros(
-                    len(confidence), bool
-                )  # of those that found one instance, the surest; others are wrong
+                right = np.zeros(len(confidence), bool)  # of those that found one instance, the surest
                 if right.size:
                     right[np.where(over, confidence[:, None], -np.inf).argmax(0)[over.any(0)]] = True
                 chosen = over.any(1) | false
                 self.scored[label, k].append((confidence[chosen], right[chosen]))
-
-    def merge(self, other: "CityscapesInstanceScore") -> None:
-        self.missed += other.missed
-        for key, scored in other.scored.items():
-            self.scored[key] += scored
-        for label, count in other.truths.items():
-            self.truths[label] += count
 
     @staticmethod
     def areas(mask: np.ndarray, places: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
@@ -300,7 +567,7 @@ class CityscapesInstanceScore:
                 if self.truths[label]:
                     row[k] = 100 * self.average_precision(self.scored[label, k], self.missed[label, k])
         per_class = {name: float(row.mean()) for name, row in zip(self.ids, table, strict=True)}
-        return {"AP": _mean(table), "AP50": _mean(table[:, 0]), "per_class": per_class}
+        return {"AP": mean(table), "AP50": mean(table[:, 0]), "per_class": per_class}
 
     @staticmethod
     def average_precision(scored: list, missed: int) -> float:
@@ -333,10 +600,6 @@ class CocoInstanceScore:
                 code = rle.encode(np.asfortranarray(mask.numpy(), np.uint8))
                 entry = {"image_id": image_id, "category_id": category, "segmentation": code, "score": score}
                 self.detections.append(entry)
-
-    def merge(self, other: "CocoInstanceScore") -> None:
-        self.image_ids += other.image_ids
-        self.detections = sorted(self.detections + other.detections, key=lambda entry: entry["image_id"])
 
     def as_results(self) -> list[dict]:
         """The detections in the form of COCO's results JSON."""
@@ -383,17 +646,10 @@ class PanopticScore:
         predicted = {segment["id"]: segment["category_id"] for segment in pred_segments}
         true = {s["id"]: s["category_id"] for s in true_segments if not s.get("iscrowd")}
         crowds = {s["category_id"]: s["id"] for s in true_segments if s.get("iscrowd")}
-        places, values = [], []
-        for ids in (pred_ids.numpy(), true_ids.numpy()):  # ids may be large and far apart
-            values.append(present(ids))
-            place_of = np.zeros(values[-1][-1] + 1, np.int32)
-            place_of[values[-1]] = np.arange(len(values[-1]))
-            places.append(place_of[ids])
-        pairs = np.bincount((places[0] * len(values[1]) + places[1]).ravel(), minlength=len(values[0]) * len(values[1]))
-        overlap = {  # {(predicted id, true id): pixels}
-            (values[0][place // len(values[1])], values[1][place % len(values[1])]): int(pairs[place])
-            for place in np.flatnonzero(pairs)
-        }
+        pred_values, pred_places = compact(pred_ids.numpy())  # ids may be large and far apart
+        true_values, true_places = compact(true_ids.numpy())
+        pairs = count_pairs(pred_places, true_places, (len(pred_values), len(true_values)))
+        overlap = {(pred_values[i], true_values[j]): int(pairs[i, j]) for i, j in zip(*pairs.nonzero(), strict=True)}
         pred_area, true_area = defaultdict(int), defaultdict(int)
         for (p, t), area in overlap.items():
             pred_area[p] += area
@@ -417,11 +673,6 @@ class PanopticScore:
             if p not in matched_pred and excused <= 0.5 * pred_area[p]:
                 self.fp[category] += 1
 
-    def merge(self, other: "PanopticScore") -> None:
-        for mine, theirs in ((self.iou, other.iou), (self.tp, other.tp), (self.fp, other.fp), (self.fn, other.fn)):
-            for category, value in theirs.items():
-                mine[category] += value
-
     def result(self) -> dict:
         """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; NaN, and left out, is a class that
         neither truth nor predictions hold: as in panopticapi, predictions of a class that is not there count."""
@@ -434,400 +685,8 @@ class PanopticScore:
         table = np.array(list(rows.values()), float)  # [category, (PQ, SQ, RQ, is it a thing?)]
         parts = {"PQ": table[:, 0], "SQ": table[:, 1], "RQ": table[:, 2]}
         parts |= {"PQ_th": table[table[:, 3] == 1, 0], "PQ_st": table[table[:, 3] == 0, 0]}
-        result = {name: _mean(values) for name, values in parts.items()}
+        result = {name: mean(values) for name, values in parts.items()}
         return result | {"per_class": {self.categories[c]["name"]: row[0] for c, row in rows.items()}}
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(
-    model: FusedModel,
-    samples,
-    size: str,
-    device: str,
-    workers: int,
-    indices: list[int] | None = None,
-    submission: Path | None = None,
-) -> dict:
-    """Score a model on a validation split; `indices` picks images. Returns {task: that score's result}.
-
-    The split's measures say which: mIoU, AP (Cityscapes' or KITTI-360's rules, COCO's on COCO) and PQ. With
-    `submission`, a folder, predictions are written there in the forms of Cityscapes and COCO. Several processes share
-    the images; all but the first return {}.
-    """
-    names = [name for _, name, _ in samples.categories]
-    ids = torch.tensor([raw for raw, _, _ in samples.categories])
-    things = [label for label, (_, _, isthing) in enumerate(samples.categories) if isthing]
-    scores = {}
-    if "mIoU" in samples.measures:
-        scores["semantic"] = SemanticScore(names)
-    by_coco = isinstance(samples, CocoInstances)
-    if "AP" in samples.measures:
-        label_ids = {name: raw for raw, name, isthing in samples.categories if isthing}
-        scores["instance"] = (
-            CocoInstanceScore(samples.annotation_file) if by_coco else CityscapesInstanceScore(label_ids)
-        )
-    if "PQ" in samples.measures:
-        categories = [{"id": raw, "name": name, "isthing": isthing} for raw, name, isthing in samples.categories]
-        scores["panoptic"] = PanopticScore(categories)
-
-    loader = DataLoader(
-        Subset(samples, (range(len(samples)) if indices is None else indices)[run.rank() :: run.world()]),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=run.leave_interrupts_to_the_parent,
-    )
-    annotations = []  # COCO's panoptic form
-    model.to(device).eval()
-    for sample in tqdm(loader, "evaluating", unit="image", disable=run.rank() > 0):
-        truth, stem = sample["truth"], Path(sample["name"]).with_suffix("").as_posix().replace("/", "__")
-        if stem.endswith("_leftImg8bit"):  # Cityscapes looks for <city>_<sequence>_<frame>*
-            stem = stem.rsplit("__", 1)[-1].removesuffix("_leftImg8bit")
-        classes, masks = predict(model, sample["image"], size, device)
-        if "semantic" in scores:
-            labels = semantic(classes, masks).cpu()
-            scores["semantic"].update(labels, *truth["semantic"])
-            if submission:
-                save_png(submission / f"semantic/{stem}.png", ids[labels].numpy())
-        if "instance" in scores:
-            found, labels, confidence = (part.cpu() for part in instances(classes, masks, things))
-            if by_coco:
-                scores["instance"].update(sample["image_id"], found, ids[labels], confidence)
-            else:
-                scores["instance"].update(found, ids[labels], confidence, *truth["instance"])
-                if submission:
-                    save_instances(submission / "instance", stem, found, ids[labels], confidence)
-        if "panoptic" in scores:
-            segment_ids, segments = panoptic(classes, masks, things)
-            segment_ids = segment_ids.cpu()
-            segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
-            scores["panoptic"].update(segment_ids, segments, *truth["panoptic"])
-            if submission:
-                colours = torch.stack([segment_ids % 256, segment_ids // 256 % 256, segment_ids // 65536], -1)
-                save_png(submission / f"panoptic/{stem}.png", colours.numpy())
-                entry = {"image_id": sample["image_id"], "file_name": f"{stem}.png", "segments_info": segments}
-                annotations.append(entry)
-
-    counted = run.gather((scores, annotations))  # by each process
-    if not counted:
-        return {}
-    for theirs, more in counted[1:]:
-        annotations = sorted(annotations + more, key=lambda entry: entry["image_id"])
-        for task in scores:
-            scores[task].merge(theirs[task])
-    if submission and "panoptic" in scores:
-        run.write_json(submission / "panoptic.json", {"annotations": annotations})
-    if submission and "instance" in scores and by_coco:
-        run.write_json(submission / "instances.json", scores["instance"].as_results())
-    results = {task: score.result() for task, score in scores.items()}
-    if samples.categories == KITTI360_THINGS:  # it counts buildings, hardly anyone else does
-        others = [ap for name, ap in results["instance"]["per_class"].items() if name != "building"]
-        results["instance"]["AP_without_building"] = _mean(np.array(others))
-    return results
-
-
-def save_png(path: Path, pixels: np.ndarray) -> None:
-    """8 bits a channel; pixels [H, W] or [H, W, 3]."""
-    with run.whole_file(path) as temporary:
-        Image.fromarray(pixels.astype(np.uint8)).save(temporary, "PNG")
-
-
-def save_instances(folder: Path, stem: str, masks: torch.Tensor, label_ids: torch.Tensor, scores: torch.Tensor) -> None:
-    """Cityscapes' form: <stem>.txt with a line for each mask: its file, label id and confidence."""
-    lines = []
-    for i, (mask, label, score) in enumerate(zip(masks, label_ids.tolist(), scores.tolist(), strict=True)):
-        save_png(folder / f"{stem}_{i:03}.png", 255 * mask.numpy())
-        lines.append(f"{stem}_{i:03}.png {label} {score}\n")
-    with run.whole_file(folder / f"{stem}.txt") as temporary:
-        temporary.write_text("".join(lines))
-
-
-def drawing(model: FusedModel, settings: dict, task: str, sample: dict, device: str) -> tuple[torch.Tensor, list]:
-    """A row of predictions.png: the image, its truth if it has one, and the prediction (things above 0.5)."""
-    image, things = sample["image"], [label for label, isthing in enumerate(settings["isthing"]) if isthing]
-    classes, masks = predict(model, image, settings["test_size"], device)
-    drawings = []
-    if "segments" in sample:
-        drawings.append(("truth", sample["segments"], sample["labels"].tolist()))
-    elif "rles" in sample:
-        drawings.append(("truth", *painted([torch.from_numpy(rle.decode(code)) for code in sample["rles"]], sample)))
-    if task == "semantic":
-        prediction = semantic(classes, masks).cpu() + 1, list(range(len(settings["classes"])))
-    elif task == "panoptic":
-        ids, segments = panoptic(classes, masks, things)
-        prediction = ids.cpu(), [segment["label"] for segment in segments]
-    else:
-        found, labels, confidence = (part.cpu() for part in instances(classes, masks, things))
-        order = confidence.argsort()  # the surest on top
-        order = order[confidence[order] > 0.5]
-        prediction = painted(found[order], {"image": image, "labels": labels[order]})
-    return image, [*drawings, ("prediction", *prediction)]
-
-
-def painted(masks: list[torch.Tensor] | torch.Tensor, sample: dict) -> tuple[torch.Tensor, list[int]]:
-    """Masks that may overlap, one over the other, as segment ids int [H, W] and the labels of the segments."""
-    ids = torch.zeros(sample["image"].shape[1:], dtype=torch.int32)
-    for i, mask in enumerate(masks):
-        ids[mask.bool()] = i + 1
-    return ids, sample["labels"].tolist()
-
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-def headline(results: dict, categories: list) -> dict[str, float]:
-    """The numbers that a reader compares, in percent, in the order of the table; mIoU_th is that of the things."""
-    numbers = {}
-    if "semantic" in results:
-        things = [results["semantic"]["per_class"][name] for _, name, isthing in categories if isthing]
-        numbers["mIoU"] = results["semantic"]["mIoU"]
-        if 0 < len(things) < len(categories):
-            numbers["mIoU_th"] = _mean(np.array(things))
-        numbers["boundary_mIoU"] = results["semantic"]["boundary_mIoU"]
-    for task, keys in {"instance": ("AP", "AP50", "AP_without_building"), "panoptic": ("PQ", "PQ_th", "PQ_st")}.items():
-        numbers |= {key: results[task][key] for key in keys if key in results.get(task, {})}
-    return numbers
-
-
-def benchmark_rows(headlines: dict[str, dict], limited: list[str], trained_on: str, data: Path) -> list[list[str]]:
-    """Every benchmark with the paper's number and ours, or why there is none; trained_on: data set and split, limited:
-    benchmarks of which only some images were scored."""
-    rows = [["benchmark", "trains on", "evaluates on", "score", "paper", "here"]]
-    for name, benchmark in BENCHMARKS.items():
-        ours = "not evaluated" if on_disk(benchmark, data) else "not on disk"
-        if name in headlines:
-            ours = ", ".join(f"{headlines[name][measure]:.1f}" for measure in benchmark.measures)
-            ours += "" if benchmark.trains_on == trained_on else f" (but trained on {trained_on})"
-            ours += " (of some images)" if name in limited else ""
-        where = [name, benchmark.trains_on, benchmark.evaluates_on]
-        rows.append([*where, ", ".join(benchmark.measures), benchmark.paper, ours])
-    return rows
-
-
-def class_rows(results: dict) -> list[list[str]]:
-    columns = {"semantic": "IoU", "instance": "AP", "panoptic": "PQ"}
-    tasks = [task for task in columns if task in results]
-    rows = [["class", *(columns[task] for task in tasks)]]
-    for name in {name: None for task in tasks for name in results[task]["per_class"]}:
-        values = [results[task]["per_class"].get(name, np.nan) for task in tasks]
-        rows.append([name, *("-" if np.isnan(value) else f"{value:.1f}" for value in values)])
-    return rows
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table whose columns line up on a screen as well; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def compare(folders: list[Path]) -> str:
-    """Tables of several runs' results; where the injected stride differs, its gain over no fusion beside the EF."""
-    runs = []  # (folder, selection, model, benchmark, what else must agree for a fair comparison, scores)
-    for folder in folders:
-        if not (folder / "results.json").is_file():
-            print(f"left out: {folder} has no results.json, which 05_eval.py writes for a trained run")
-            continue
-        try:
-            results = run.read_stage(folder, "results.json", "05_eval.py")
-            selection = run.read_stage(folder, "selection.json", "03_select.py")
-            for benchmark, entry in results["benchmarks"].items():
-                same = {
-                    k: v for k, v in results["model"].items() if k not in ("auxiliary", "stride", "fusion", "weights")
-                }
-                same = (benchmark, entry["images"], *same.items())
-                runs.append((folder, selection, results["model"], benchmark, same, entry["scores"]))
-        except UserError as error:
-            print(f"left out: {error}")
-        except (KeyError, TypeError):
-            print(f"left out: {folder}/results.json is of another version: run 05_eval.py again")
-    if not runs:
-        raise UserError("none of these folders holds results: run 05_eval.py on them first")
-
-    def cell(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{value:{sign}.1f}"
-
-    names = list(dict.fromkeys(name for *_, scores in runs for name in scores))
-    rows = [
-        ["run", "trained for", "scored on", "master", "auxiliary", "OS", "fusion", "modes", "steps", "images", *names]
-    ]
-    for folder, _, model, benchmark, same, scores in sorted(runs, key=lambda entry: (entry[3], entry[2]["stride"])):
-        fused = model["fusion"] != "none"
-        pair = [model["auxiliary"], str(model["stride"])] if fused else ["-", "-"]
-        modes = f"{model['master_mode']}/{model['aux_mode']}" if fused else model["master_mode"]
-        what = [str(folder), model["benchmark"], benchmark, model["master"], *pair, model["fusion"], modes]
-        rows.append([*what, str(model["steps"]), str(same[1]), *(cell(scores.get(name)) for name in names)])
-    report = [markdown(rows)]
-
-    alone = {same: scores for _, _, model, _, same, scores in runs if model["fusion"] == "none"}
-    groups = defaultdict(list)  # runs that differ in the stride only
-    for _, selection, model, _, same, scores in runs:
-        score = selection["score"].upper()
-        ef = selection["scores"].get(model["auxiliary"], {}).get(score)
-        if model["fusion"] == "replace" and ef and same in alone:
-            groups[same, model["auxiliary"], score].append((model["stride"], ef[str(model["stride"])], model, scores))
-    for (same, auxiliary, score), entries in groups.items():
-        if len(entries) < 2:
-            continue
-        base, model = alone[same], entries[0][2]
-        shared = [name for name in names if all(s.get(name) is not None for s in [base, *(e[3] for e in entries)])]
-        rows = [["OS", score, *(f"{name} gained" for name in shared)]]
-        for stride, ef, _, scores in sorted(entries, key=lambda entry: entry[0]):
-            rows.append([str(stride), f"{ef:.2f}", *(cell(scores[name] - base[name], "+") for name in shared)])
-        title = f"{auxiliary} injected into {model['master']}, against {model['master']} alone; scored on {same[0]}\n"
-        if len({entry[1] for entry in entries}) > 2:
-            efs = [entry[1] for entry in entries]
-            columns = [[entry[3][name] for entry in entries] for name in shared]
-            rhos = [stats.spearmanr(efs, c).statistic if len(set(c)) > 1 else None for c in columns]
-            rows.append(["rho", "", *("-" if rho is None else f"{rho:.2f}" for rho in rhos)])
-            title += f"rho: Spearman's, of the gain with the {score} (the paper: 0.80)\n"
-        report.append(f"{title}\n{markdown(rows)}")
-    return "\n".join(report)
-
-
-# ---------------------------------------------------------------------------------------------- the stage
-
-
-def load_trained(folder: Path) -> tuple[FusedModel, dict]:
-    """The model of a run's checkpoint and the settings it was trained with."""
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `{run.command('04_train.py', folder)}` first")
-    try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}): run `{run.command('04_train.py', folder)}` again"
-        ) from None
-    try:
-        settings = checkpoint["settings"]
-        if checkpoint["step"] < settings["steps"]:
-            print(f"WARNING: {path} holds step {checkpoint['step']} of {settings['steps']}: training is not finished")
-            settings["steps"] = checkpoint["step"]  # what is reported is what was trained
-        model = build_model(settings, weights={})
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint of this project's model ({type(error).__name__}: {reason})") from None
-    return model, settings
-
-
-def open_fitting(name: str, data: Path, settings: dict):
-    """A benchmark's validation split; UserError if the trained model has other classes, or was taught another task."""
-    own, asked = find_benchmark(settings["benchmark"]), find_benchmark(name)
-    if own.task != asked.task:
-        raise UserError(f"{name} is a benchmark of {asked.task} segmentation, the model was trained for {own.task}")
-    samples = None if asked.categories else open_split(name, data, "val")  # COCO's classes stand in its own files
-    classes = [category for _, category, _ in asked.categories or samples.categories]
-    if classes != settings["classes"]:
-        ours, theirs = (f"{len(c)} classes ({', '.join(c[:4])}, …)" for c in (settings["classes"], classes))
-        raise UserError(f"the model was trained on {ours}, {name} has {theirs}: they do not fit")
-    return samples or open_split(name, data, "val")
-
-
-def draw_folder(model, settings: dict, task: str, pictures: Path, folder: Path, device: str) -> None:
-    """predictions/<picture>.png for each picture of a folder."""
-    names = list_pictures(pictures)
-    reasons = without_a_file_name(pictures, names)
-    for name in tqdm(names[run.rank() :: run.world()], "predicting", unit="picture", disable=run.rank() > 0):
-        try:
-            if name in reasons:
-                raise UserError(reasons[name])
-            image = read_image(pictures / name)
-        except UserError as error:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-            continue
-        row = drawing(model, settings, task, {"image": image}, device)
-        figures.draw_predictions(folder / "predictions" / f"{name.replace('/', '__')}.png", [row], settings["classes"])
-    run.gather(None)  # all are done
-    print(f"wrote {folder}/predictions/")
-
-
-def main():
-    args = parse_arguments()
-    if args.compare:
-        print(compare(args.compare))
-        return
-    run.join_processes(args.device)
-    folder = args.run
-    asked = run.read_stage(folder, "run.json", "01_extract.py")
-    model, settings = load_trained(folder)
-    task = find_benchmark(settings["benchmark"]).task
-    if args.images:
-        draw_folder(model.to(args.device).eval(), settings, task, args.images, folder, args.device)
-        return
-
-    # Which benchmarks; what does not fit is said before hours are spent
-    data = args.data or Path(asked["data"])
-    splits = {}
-    own, seen = settings["benchmark"], set()
-    for name in [own, *(name for name in BENCHMARKS if name != own)] if args.all else [args.benchmark or own]:
-        where = find_benchmark(name).evaluates_on, find_benchmark(name).task
-        if where in seen:  # three sources and Cityscapes itself are evaluated alike
-            continue
-        seen.add(where)
-        try:
-            with run.first_process_first():
-                splits[name] = open_fitting(name, data, settings)
-        except UserError as error:
-            if not args.all:
-                raise
-            print(f"left out: {error}")
-    if not splits:
-        raise UserError(f"{data} holds no benchmark that fits the model")
-
-    # Score, and draw three pictures of the first
-    benchmarks, headlines, rows = {}, {}, []
-    for name, samples in splits.items():
-        count = min(len(samples), args.limit or len(samples))
-        indices = [i * len(samples) // count for i in range(count)]
-        submission = folder / "submission" / name if args.save_predictions else None
-        with run.first_process_first():
-            if submission and run.rank() == 0:
-                shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
-        results = evaluate(model, samples, settings["test_size"], args.device, args.workers, indices, submission)
-        if not results:  # the first process reports for all
-            continue
-        headlines[name] = headline(results, samples.categories)
-        benchmarks[name] = {"images": count, "scores": headlines[name], **results}
-        if not rows:
-            chosen = [samples[index] for index in indices[:: max(1, count // 3)][:3]]
-            rows = [drawing(model, settings, task, sample, args.device) for sample in chosen]
-    if run.rank():
-        return
-    figures.draw_predictions(folder / "predictions.png", rows, settings["classes"])
-
-    # What the model is, how it does, class by class, and beside the paper
-    what = {key: settings[key] for key in ("benchmark", "master", "auxiliary", "stride", "fusion", "steps", "seed")}
-    what |= {key: settings[key] for key in ("master_mode", "aux_mode", "weights")}
-    run.write_json(folder / "results.json", {"model": what, "benchmarks": benchmarks})
-    fusion = f"{settings['auxiliary']} at stride {settings['stride']}, fusion {settings['fusion']}"
-    fusion = "alone" if settings["fusion"] == "none" else fusion
-    trained_on = find_benchmark(own).trains_on
-    title = (
-        f"{settings['master']}, {fusion}, {settings['steps']} steps on {trained_on}, seed {settings['seed']}; percent"
-    )
-    title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in settings["weights"].items() if w == "none")
-    parts = [f"{title}\n"]
-    for name, entry in benchmarks.items():
-        numbers = headlines[name]
-        parts.append(f"{name}, {entry['images']} of {len(splits[name])} images\n")
-        parts.append(markdown([list(numbers), [f"{value:.1f}" for value in numbers.values()]]))
-        parts.append(markdown(class_rows(entry)))
-    limited = [name for name, samples in splits.items() if benchmarks[name]["images"] < len(samples)]
-    report = "\n".join([*parts, markdown(benchmark_rows(headlines, limited, trained_on, data))])
-    with run.whole_file(folder / "results.md") as temporary:
-        temporary.write_text(report)
-    print(f"\n{report}\nwrote {folder}/results.json, results.md, predictions.png")
-    if args.save_predictions:
-        print(f"wrote {folder}/submission/")
-    if settings["fusion"] != "none":
-        flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(settings["steps"]))
-        print(f"next: {run.command('04_train.py', folder, *flags)}   # the master alone, to compare")
-    else:
-        print("next: python 05_eval.py --compare runs/*")
 
 
 if __name__ == "__main__":

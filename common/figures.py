@@ -8,16 +8,114 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.patches import Patch
 
 from common import run
 
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes", titlesize=10)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 # Okabe and Ito's colours, told apart with any colour vision; controls are grey and differ by dash.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = {"noise": (0, (1, 1.5)), "image": (0, (6, 2)), "shifted": (0, (5, 1.5, 1, 1.5))}
 
 
-# ------------------------------------------------------------------------------------------------- metrics.png
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def grid(images: list[torch.Tensor], columns: int, inches: float, gap: float = 0):
+    """A figure with a row of `columns` panels for each image [3, H, W], in its shape; gap: inches for titles."""
+    shapes = [image.shape[1] / image.shape[2] for image in images]
+    size = (inches * columns, inches * sum(shapes) + gap * len(images) + 0.5)
+    figure, axes = plt.subplots(len(images), columns, figsize=size, height_ratios=shapes, squeeze=False, dpi=110)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    return figure, axes
+
+
+def save(figure, path: Path) -> None:
+    with run.whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- features.png
+
+
+def draw_features(path: Path, images: list, maps: dict[str, list[dict]], random_weights: list[str]) -> None:
+    """Rows of pictures, columns of encoders and native strides; a map's first three principal components as RGB.
+
+    images: float [3, H, W] in [0, 1]; maps: {encoder: for each image {native stride: [C, h, w]}}. The components are
+    those of all the pictures shown together, so within a column the same colour means the same direction.
+    """
+    columns = [(encoder, stride) for encoder, pictures in maps.items() for stride in pictures[0]]
+    figure, axes = grid(images, 1 + len(columns), 2.2)
+    for axis, image in zip(axes[:, 0], images, strict=True):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    axes[0, 0].set_title("picture")
+    for column, (encoder, stride) in enumerate(columns, 1):
+        coloured = principal_colours([picture[stride].float() for picture in maps[encoder]])
+        for axis, colours in zip(axes[:, column], coloured, strict=True):
+            axis.imshow(colours, interpolation="nearest")
+        random = "\nRANDOM WEIGHTS" if encoder in random_weights else ""
+        axes[0, column].set_title(f"{encoder}, stride {stride}{random}")
+    save(figure, path)
+
+
+def principal_colours(maps: list[torch.Tensor]) -> list[np.ndarray]:
+    """[C, h, w] each -> [h, w, 3] in [0, 1]: three principal components, 2nd to 98th percentile stretched."""
+    flat = torch.cat([m.flatten(1) for m in maps], dim=1).T  # [positions of all maps, C]
+    flat = torch.nan_to_num(flat - flat.mean(dim=0))
+    covariance = flat.T.double() @ flat.double()
+    parts = (flat @ torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1).float()).numpy()  # [positions, 3]
+    low, high = np.percentile(parts, [2, 98], axis=0)
+    colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
+    pieces = np.split(colours, np.cumsum([m[0].numel() for m in maps])[:-1])
+    return [piece.reshape(*m.shape[1:], 3) for piece, m in zip(pieces, maps, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------- edges.png
+
+
+def draw_edges(path: Path, rows: list) -> None:
+    """Rows of pictures: the image with its edges' centreline, then each encoder's edges by the zone they lie in.
+
+    rows: [(image [3, H, W] in [0, 1], [(title, centreline bool [h, w], edges int [h, w])])], edges 0 for none, 1 core,
+    2 near and 3 far; all without the border of one pixel that has no gradient.
+    """
+    figure, axes = grid([image for image, _ in rows], 1 + len(rows[0][1]), 3.4, gap=0.5)
+    zones = {  # what 02_metrics.py counts as such
+        "within 2 map pixels of the centreline (EC)": COLOURS[0],
+        "within 4 (NC)": COLOURS[4],
+        "far (FAR)": COLOURS[3],
+    }
+    palette = np.array([(1, 1, 1), *map(to_rgb, zones.values())])
+    place = {"extent": (0, 1, 0, 1), "aspect": "auto"}  # maps of any size over the whole panel
+    for (image, drawings), line in zip(rows, axes, strict=True):
+        finest = max((centreline for _, centreline, _ in drawings), key=torch.numel)
+        line[0].imshow(0.5 + 0.5 * image.permute(1, 2, 0).numpy(), **place)
+        line[0].imshow(np.ma.masked_equal(finest.numpy(), 0), cmap="gray_r", vmin=0, vmax=1, **place)
+        stride = round(image.shape[2] / (finest.shape[1] + 2))
+        line[0].set_title(f"picture, centreline of its edges at OS {stride}")
+        for axis, (title, centreline, edges) in zip(line[1:], drawings, strict=True):
+            shade = 0.82 * centreline.numpy()[..., None] * (edges.numpy() == 0)[..., None]
+            axis.imshow(palette[edges.numpy()] * (1 - 0.25 * shade), **place)
+            axis.set_title(title)
+        for axis in line:
+            axis.set_box_aspect(image.shape[1] / image.shape[2])
+            axis.spines[:].set_visible(True)
+    patches = [Patch(color=colour, label=zone) for zone, colour in zones.items()]
+    patches.append(Patch(color="0.8", label="centreline, no edge there"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=4)
+    save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------- metrics.png
 
 
 def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> None:
@@ -26,9 +124,8 @@ def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> N
     With selection.json's content, master and auxiliary are named and drawn bold and s* is marked.
     """
     panels = {"SC": "Structural Coherence, SC", "EF": "Edge Fidelity, EF", "EF_CC": "chance-corrected, EF_CC"}
-    strides = metrics["strides"]
-    selection = selection or {}
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 4), dpi=150, layout="constrained")
+    strides, selection = metrics["strides"], selection or {}
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 4), dpi=150)
     for axis, (score, title) in zip(axes, panels.items(), strict=True):
         for i, (source, profile) in enumerate(metrics["scores"].items()):
             mean, low, high = ([profile[str(s)][score][key] for s in strides] for key in ("mean", "low", "high"))
@@ -45,144 +142,48 @@ def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> N
             axis.axvline(selection["stride"], color="0.2", lw=1, zorder=0)
             top = axis.get_xaxis_transform()  # x in strides, y in heights of the panel
             axis.text(selection["stride"], 1.01, "s*", ha="center", va="bottom", fontsize=11, transform=top)
-        axis.set_title(title, fontsize=11, pad=18)
+        axis.set_title(title, pad=18)
         axis.set_xscale("log", base=2)
         axis.set_xticks(strides, labels=[str(stride) for stride in strides])
         axis.set_xlabel("output stride")
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylim(0, 1)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    _save(figure, path)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------- edges.png
-
-
-def draw_edges(path: Path, rows: list) -> None:
-    """Rows of pictures: the image with its edges' centreline, then each encoder's edges by the zone they lie in.
-
-    rows: [(image [3, H, W] in [0, 1], [(title, centreline bool [h, w], edges int [h, w])])], edges 0 for none, 1 core,
-    2 near and 3 far; all without the border of one pixel that has no gradient.
-    """
-    columns = 1 + len(rows[0][1])
-    height = sum(3.4 * image.shape[1] / image.shape[2] for image, _ in rows) + 0.5 * len(rows) + 0.5
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(3.4 * columns, height), squeeze=False, dpi=130, layout="constrained"
-    )
-    zones = {  # what 02_metrics.py counts as such
-        "within 2 map pixels of the centreline (EC)": COLOURS[0],
-        "within 4 (NC)": COLOURS[4],
-        "far (FAR)": COLOURS[3],
-    }
-    for (image, drawings), line in zip(rows, axes, strict=True):
-        picture = image.permute(1, 2, 0).numpy()
-        finest = max((centreline for _, centreline, _ in drawings), key=torch.numel)
-        line[0].imshow(0.5 + 0.5 * picture, extent=(0, 1, 0, 1), aspect="auto")
-        line[0].imshow(np.ma.masked_equal(finest.numpy(), 0), extent=(0, 1, 0, 1), aspect="auto", cmap="gray", vmin=1)
-        finest_stride = round(image.shape[2] / (finest.shape[1] + 2))
-        line[0].set_title(f"picture, centreline of its edges at OS {finest_stride}", fontsize=10)
-        palette = np.array([(1, 1, 1), *(matplotlib.colors.to_rgb(colour) for colour in zones.values())])
-        for axis, (title, centreline, edges) in zip(line[1:], drawings, strict=True):
-            shade = 0.82 * centreline.numpy()[..., None] * (edges.numpy() == 0)[..., None]
-            axis.imshow(palette[edges.numpy()] * (1 - 0.25 * shade), extent=(0, 1, 0, 1), aspect="auto")
-            axis.set_title(title, fontsize=10)
-        for axis in line:
-            axis.set_box_aspect(image.shape[1] / image.shape[2])
-            axis.set_xticks([])
-            axis.set_yticks([])
-    patches = [matplotlib.patches.Patch(color=colour, label=zone) for zone, colour in zones.items()]
-    patches.append(matplotlib.patches.Patch(color="0.8", label="centreline, no edge there"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False)
-    _save(figure, path)
-
-
-# ------------------------------------------------------------------------------------------------- loss.png
+# ---------------------------------------------------------------------------------------------- loss.png
 
 
 def draw_loss(path: Path, log: dict[str, np.ndarray], terms: list[str]) -> None:
-    """These columns of log.csv over its steps: every step faint, a running mean of 50 on top."""
-    figure, axis = plt.subplots(figsize=(7, 3.5), dpi=130, layout="constrained")
-    steps = log["step"]
+    """These columns of log.csv over its steps: every step faint, the mean of 50 around it on top."""
+    figure, axis = plt.subplots(figsize=(7, 3.5), dpi=130)
+    steps, window = log["step"], min(50, len(log["step"]))
     for colour, term in zip(COLOURS, terms, strict=False):
-        values = log[term]
-        sums = np.concatenate([[0], np.cumsum(values)])
-        window = np.minimum(np.arange(1, len(values) + 1), 50)
-        ends = np.arange(1, len(values) + 1)
-        axis.plot(steps, values, color=colour, lw=0.4, alpha=0.3)
-        axis.plot(steps, (sums[ends] - sums[ends - window]) / window, color=colour, lw=1.8, label=term)
+        mean = np.convolve(log[term], np.full(window, 1 / window), "valid")
+        axis.plot(steps, log[term], color=colour, lw=0.4, alpha=0.3)
+        axis.plot(steps[window // 2 :][: len(mean)], mean, color=colour, lw=1.8, label=term)
     axis.set(xlabel="training step", ylabel="loss, weighted (bold: mean of 50 steps)", yscale="log")
     axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    axis.legend()
+    save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------- features.png
+# ---------------------------------------------------------------------------------------------- predictions.png
 
 
-def draw_features(path: Path, images: list, maps: dict[str, list[dict]], random_weights: list[str]) -> None:
-    """Rows of pictures, columns of encoders and native strides; a map's first three principal components as RGB.
-
-    images: float [3, H, W] in [0, 1]; maps: {encoder: for each image {native stride: [C, h, w]}}. The components are
-    those of all the pictures shown together, so within a column the same colour means the same direction.
-    """
-    columns = [(encoder, stride) for encoder, pictures in maps.items() for stride in pictures[0]]
-    height = 2.2 * sum(image.shape[1] / image.shape[2] for image in images)
-    figure, axes = plt.subplots(
-        len(images),
-        1 + len(columns),
-        figsize=(2.2 * (1 + len(columns)), height + 0.5),
-        height_ratios=[image.shape[1] / image.shape[2] for image in images],
-        squeeze=False,
-        dpi=110,
-        layout="constrained",
-    )
-    for axis, image in zip(axes[:, 0], images, strict=True):
-        axis.imshow(image.permute(1, 2, 0).numpy())
-    axes[0, 0].set_title("picture")
-    for column, (encoder, stride) in enumerate(columns, 1):
-        coloured = _principal_colours([picture[stride].float() for picture in maps[encoder]])
-        for axis, colours in zip(axes[:, column], coloured, strict=True):
-            axis.imshow(colours, interpolation="nearest")
-        random = "\nRANDOM WEIGHTS" if encoder in random_weights else ""
-        axes[0, column].set_title(f"{encoder}, stride {stride}{random}", fontsize=10)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    _save(figure, path)
-
-
-def _principal_colours(maps: list[torch.Tensor]) -> list[np.ndarray]:
-    """[C, h, w] each -> [h, w, 3] in [0, 1]: three principal components, 2nd to 98th percentile stretched."""
-    flat = torch.cat([m.flatten(1) for m in maps], dim=1).T  # [positions of all maps, C]
-    flat = torch.nan_to_num(flat - flat.mean(dim=0))
-    covariance = flat.T.double() @ flat.double()
-    parts = (flat @ torch.linalg.eigh(covariance).eigenvectors[:, -3:].flip(1).float()).numpy()  # [positions, 3]
-    low, high = np.percentile(parts, [2, 98], axis=0)
-    colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
-    pieces = np.split(colours, np.cumsum([m[0].numel() for m in maps])[:-1])
-    return [piece.reshape(*m.shape[1:], 3) for piece, m in zip(pieces, maps, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------- predictions.png
-
-
-def draw_predictions(path: Path, rows: list, classes: list[str]) -> None:
-    """Rows of pictures: the image, then segments coloured by class over it, each outlined.
+def draw_predictions(path: Path, rows: list, class_names: list[str]) -> None:
+    """Rows of pictures: the image, then segments coloured by class over it, each outlined; dark is what none claims.
 
     rows: [(image uint8 [3, H, W], [(title, segment ids int [H, W] with 0 for none, class index of segment i + 1)])].
     """
     columns = 1 + len(rows[0][1])
-    height = sum(4 * image.shape[1] / image.shape[2] for image, _ in rows)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(4 * columns, height + 0.8), squeeze=False, dpi=110, layout="constrained"
-    )
+    figure, axes = grid([image for image, _ in rows], columns, 4, gap=0.2)
     # Hues a golden ratio apart, so that neighbouring classes differ; lightness differs as well, for all eyes.
-    hsv = [((0.6 + 0.618 * i) % 1, 0.75, (0.95, 0.6, 0.8)[i % 3]) for i in range(len(classes))]
-    palette = np.array([(0, 0, 0), *(matplotlib.colors.hsv_to_rgb(c) for c in hsv)])  # [1 + classes, 3], 0 void
+    hsv = [((0.6 + 0.618 * i) % 1, 0.75, (0.95, 0.6, 0.8)[i % 3]) for i in range(len(class_names))]
+    palette = np.array([(0, 0, 0), *map(hsv_to_rgb, hsv)])  # [1 + classes, 3], 0 void
     seen = set()
     for (image, drawings), line in zip(rows, axes, strict=True):
         picture = image.permute(1, 2, 0).numpy() / 255
@@ -191,24 +192,13 @@ def draw_predictions(path: Path, rows: list, classes: list[str]) -> None:
         for axis, (title, ids, labels) in zip(line[1:], drawings, strict=True):
             ids = ids.numpy()
             seen.update(labels[i - 1] for i in np.unique(ids) if i)
-            coloured = palette[np.array([0, *(label + 1 for label in labels)])[ids]]
-            outline = np.zeros(ids.shape, bool)
-            outline[:-1] |= ids[:-1] != ids[1:]
-            outline[:, :-1] |= ids[:, :-1] != ids[:, 1:]
-            mixed = 0.3 * picture + 0.7 * coloured
-            mixed[outline] = 1
+            mixed = 0.3 * picture + 0.7 * palette[np.array([0, *(label + 1 for label in labels)])[ids]]
+            mixed[:-1][ids[:-1] != ids[1:]] = 1  # outlines
+            mixed[:, :-1][ids[:, :-1] != ids[:, 1:]] = 1
             axis.imshow(mixed)
             axis.set_title(title)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    patches = [matplotlib.patches.Patch(color=palette[label + 1], label=classes[label]) for label in sorted(seen)]
-    longest = max((len(classes[label]) for label in seen), default=0)
+    patches = [Patch(color=palette[label + 1], label=class_names[label]) for label in sorted(seen)]
+    longest = max((len(class_names[label]) for label in seen), default=0)
     across = max(1, int(4 * columns / (0.62 + 0.07 * longest)))  # inches: a patch with its gaps, and a letter
-    figure.legend(handles=patches, loc="outside lower center", ncols=across, frameon=False)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    with run.whole_file(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    figure.legend(handles=patches, loc="outside lower center", ncols=across)
+    save(figure, path)

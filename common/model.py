@@ -26,7 +26,7 @@ class FusedPyramid(nn.Module):
     fusion: "replace" (the method): the auxiliary's map, at its own width, in place of the master's;
         "concat": both, side by side; "add": the master's plus the auxiliary's through a 1 x 1 convolution.
     widths: channels of a ViT master's four levels, each a 1 x 1 convolution of its one map.
-    train_master, train_auxiliary: a frozen encoder runs in eval mode and without gradients.
+    modes: of master and auxiliary, "ft" fine-tuned or "fz" frozen, which is in eval mode and without gradients.
     """
 
     def __init__(
@@ -36,14 +36,13 @@ class FusedPyramid(nn.Module):
         stride: int = 16,
         fusion: str = "replace",
         widths: tuple[int, int, int, int] = (128, 256, 512, 1024),
-        train_master: bool = True,
-        train_auxiliary: bool = False,
+        modes: tuple[str, str] = ("ft", "fz"),
     ):
         super().__init__()
         self.master, self.stride = master, stride
         self.fusion = fusion if auxiliary is not None else "none"
         self.auxiliary = auxiliary if self.fusion != "none" else None
-        self.train_master, self.train_auxiliary = train_master, train_auxiliary
+        self.train_master, self.train_auxiliary = (mode == "ft" for mode in modes)
         # the levels that the master feeds
         self.own = [s for s in STRIDES if not (s == stride and self.fusion == "replace")]
 
@@ -51,9 +50,9 @@ class FusedPyramid(nn.Module):
         self.master.cut(nearest_stride(master.channels, self.own[-1]))
         if self.auxiliary:
             self.auxiliary.cut(nearest_stride(auxiliary.channels, stride))
-        self.master.requires_grad_(train_master)
+        self.master.requires_grad_(self.train_master)
         if self.auxiliary:
-            self.auxiliary.requires_grad_(train_auxiliary)
+            self.auxiliary.requires_grad_(self.train_auxiliary)
 
         self.projections = nn.ModuleDict()
         channels = {s: master.channels[nearest_stride(master.channels, s)] for s in STRIDES}
@@ -103,36 +102,28 @@ class FusedPyramid(nn.Module):
 class FusedModel(nn.Module):
     """FusedPyramid under transformers' Mask2Former decoder, randomly initialised.
 
-    classes: number of classes, no-object not counted. width: channels of the decoder, a multiple of 32.
-    decoder_layers: each predicts, and so does the learned query before the first: decoder_layers + 1 predictions.
+    classes: number of classes, no-object not counted. recipe: width of the decoder, a multiple of 32, queries,
+    encoder_layers, decoder_layers, heads and points. Each decoder layer predicts, and so does the learned query before
+    the first: decoder_layers + 1 predictions.
     """
 
-    def __init__(
-        self,
-        fused: FusedPyramid,
-        classes: int,
-        width: int = 256,
-        queries: int = 100,
-        encoder_layers: int = 6,
-        decoder_layers: int = 9,
-        heads: int = 8,
-        points: int = 12544,
-    ):
+    def __init__(self, fused: FusedPyramid, classes: int, recipe: dict):
         super().__init__()
+        width = recipe["width"]
         config = Mask2FormerConfig(
             # The library insists on a backbone of its own; the smallest it can build is made and thrown away.
             backbone_config=SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_indices=[1, 2, 3, 4]),
             num_labels=classes,
-            num_queries=queries,
+            num_queries=recipe["queries"],
             feature_size=width,
             mask_feature_size=width,
             hidden_dim=width,
             encoder_feedforward_dim=4 * width,
             dim_feedforward=8 * width,
-            encoder_layers=encoder_layers,
-            decoder_layers=decoder_layers + 1,
-            num_attention_heads=heads,
-            train_num_points=points,
+            encoder_layers=recipe["encoder_layers"],
+            decoder_layers=recipe["decoder_layers"] + 1,
+            num_attention_heads=recipe["heads"],
+            train_num_points=recipe["points"],
         )
         whole = Mask2FormerForUniversalSegmentation(config)
         pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
@@ -160,22 +151,12 @@ class FusedModel(nn.Module):
         classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
         return list(zip(classes, decoded.masks_queries_logits, strict=True))
 
-    def loss_counts(self, labels: list[torch.Tensor]) -> torch.Tensor:
-        """What the loss divides by, float32 [2]: the number of masks, and the weight of all queries' classes."""
-        queries = self.transformer.queries_embedder.num_embeddings
-        no_object = self.criterion.eos_coef  # the weight of a query that no mask is matched to
-        matched = sum(min(len(k), queries) for k in labels)
-        return torch.tensor([sum(map(len, labels)), matched + no_object * (len(labels) * queries - matched)])
-
-    def losses(
-        self, outputs: list, masks: list[torch.Tensor], labels: list[torch.Tensor], counts: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def losses(self, outputs: list, masks: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weighted loss terms, each summed over the decoder's layers.
 
         outputs: what forward returned; masks: for each image float32 [S, H, W] of 0 and 1; labels: int64 [S].
-        An image may have no segment. counts: where this is one of several parts of a batch, the mean of their
-        loss_counts (of masks, at least one in all); the parts' losses then average to that of the whole batch. Raises
-        FloatingPointError for logits or losses that are not finite, which the library's matcher would hide.
+        An image may have no segment. Raises FloatingPointError for logits or losses that are not finite, which the
+        library's matcher would hide.
         """
         outputs = [(class_logits.float(), mask_logits.float()) for class_logits, mask_logits in outputs]
         finite = torch.stack([torch.stack([logits.isfinite().all() for logits in pair]).all() for pair in outputs])
@@ -187,12 +168,6 @@ class FusedModel(nn.Module):
             terms = self.criterion(mask_logits, class_logits, masks, labels)
             for name, weight in LOSS_WEIGHTS.items():
                 total[name] = total[name] + weight * terms[f"loss_{name}"]
-        if counts is not None:
-            own = self.loss_counts(labels)
-            own[0].clamp_(min=1)  # the library divides by one mask where there is none
-            of_masks, of_classes = (own / counts).tolist()
-            shares = {"cross_entropy": of_classes, "mask": of_masks, "dice": of_masks}
-            total = {name: shares[name] * value for name, value in total.items()}
         for name, value in zip(total, torch.stack(list(total.values())).tolist(), strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} loss is {value}")
@@ -208,14 +183,6 @@ def build_model(settings: dict, weights: dict[str, str]) -> FusedModel:
     auxiliary = None
     if settings["fusion"] != "none":
         auxiliary = load_encoder(settings["auxiliary"], weights.get(settings["auxiliary"], "none"))
-    fused = FusedPyramid(
-        master,
-        auxiliary,
-        settings["stride"],
-        settings["fusion"],
-        settings["vit_widths"],
-        train_master=settings["master_mode"] == "ft",
-        train_auxiliary=settings["aux_mode"] == "ft",
-    )
-    names = ("width", "queries", "encoder_layers", "decoder_layers", "heads", "points")
-    return FusedModel(fused, len(settings["classes"]), **{name: settings[name] for name in names})
+    modes, widths = (settings["master_mode"], settings["aux_mode"]), settings["recipe"]["vit_widths"]
+    fused = FusedPyramid(master, auxiliary, settings["stride"], settings["fusion"], widths, modes)
+    return FusedModel(fused, len(settings["class_names"]), settings["recipe"])

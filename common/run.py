@@ -6,20 +6,26 @@ not at all: they are written beside their place and renamed into it.
 
 import argparse
 import contextlib
-import importlib.metadata
+import dataclasses
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
+
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+CORES = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
+RESAMPLES = 1000  # bootstrap
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
 
 
 class UserError(Exception):
@@ -30,41 +36,21 @@ class UserError(Exception):
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
+def need(condition, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def start(main) -> None:
     """Run a stage's main(), which may return an exit code; a UserError or Ctrl-C ends it in one line."""
     try:
-        code = main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(code)
+        sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted; what is written is whole, and the same command takes it up again", file=sys.stderr)
         sys.exit(130)
-
-
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The parser that every stage begins with: its docstring as help, and the flags that mean the same everywhere."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/toycity"), help="run folder (stage 1 names it after its pictures)"
-    )
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda") if cuda else ("cpu",), default="cuda" if cuda else "cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share the machine
-    parser.add_argument(
-        "--workers", type=positive, default=max(1, min(8, cores)), help="helpers beside the main process"
-    )
-    return parser
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
@@ -74,60 +60,44 @@ def leave_interrupts_to_the_parent(worker: int) -> None:
     sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global generator
-    torch.manual_seed(seed)
+# ---------------------------------------------------------------------------------------------- settings
 
 
-# ---------------------------------------------------------------------------------------------- processes
-# `torchrun --nproc_per_node=N -- stage.py …` starts N of them; without it there is one, and all this does nothing.
+def flag(default, help: str = "", **how):
+    """A field of a stage's settings block: its default, its help, and what else argparse's add_argument takes."""
+    return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+def parse(description: str, block: type, changes: type | None = None):
+    """The command line as an instance of `block`, a dataclass whose fields, each made by `flag`, are the flags.
+
+    The fields of `changes`, another such dataclass, are flags too: those that were given come back as a dictionary,
+    beside the instance.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = dataclasses.fields(block)
+    for field in (*own, *(dataclasses.fields(changes) if changes else ())):
+        how, kinds = dict(field.metadata), typing.get_args(field.type) or (field.type,)
+        if field.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif "type" not in how:
+            how["type"] = kinds[0]  # of "int | None" and of "tuple[int, ...]", int
+            if typing.get_origin(field.type) is tuple:
+                how.setdefault("nargs", "+" if ... in kinds else len(kinds))
+        if field in own and field.default not in (None, (), False):
+            shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+            how["help"] = f"{how['help']} (default: {shown})".lstrip()
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
+    settings = block(**{field.name: given.pop(field.name) for field in own if field.name in given})
+    return (settings, given) if changes else settings
 
 
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes(device: str) -> None:
-    """Meet the other processes, each with a GPU of its own where there are some; only the first one prints."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """What the first process has to do before the others do the same, on files that it makes for all."""
-    if rank():
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if rank() == 0 and world() > 1:
-            dist.barrier()
-
-
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    if world() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def gather(value) -> list:
-    """Every process's value, to the first one; an empty list to the others."""
-    if world() == 1:
-        return [value]
-    values = [None] * world() if rank() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
+def positive(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -180,56 +150,44 @@ def command(stage: str, folder: Path, *flags: str) -> str:
     return shlex.join(["python", stage, "--run", str(folder), *flags]) + asked
 
 
-# ---------------------------------------------------------------------------------------------- the run
-
-
-def versions() -> dict:
-    packages = ["torch", "torchvision", "timm", "sam2", "transformers", "numpy"]
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def open_run(folder: Path, settings: dict, made_by: str) -> None:
-    """Write run.json, or check that the one there was made with the same settings; UserError names what differs.
-
-    A run.json without any feature is from a run that failed at once, on its weights say: it binds nobody.
-    """
-    if (folder / "run.json").is_file() and (folder / "features").is_dir():
-        old = read_stage(folder, "run.json", "01_extract.py")
-        same_settings(folder, old, settings, "give another --run, or delete it")
-    elif rank() == 0:
-        write_json(folder / "run.json", settings | {"command": made_by, "versions": versions()})
-
-
-def same_settings(what: Path, old: dict, new: dict, advice: str) -> None:
+def refuse_other_settings(what: Path, old: dict, new: dict, advice: str) -> None:
     """Raise UserError, naming what differs, if any of the settings `new` was another one in `old`."""
     differ = []
-    for key, value in new.items():
-        before = old.get(key)
-        if before != value:
-            if key == "images" and before:
-                unlike = [pair for pair in zip(before, value, strict=False) if pair[0] != pair[1]]
-                before, value = unlike[0] if len(before) == len(value) else (len(before), len(value))
-            elif isinstance(before, dict) and isinstance(value, dict):
-                before, value = ({k: d[k] for k in d if before.get(k) != value.get(k)} for d in (before, value))
-            differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(value)}")
-    if differ:
-        raise UserError(f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
+    for key in (key for key in new if old.get(key) != new[key]):
+        before, now = old.get(key), new[key]
+        if isinstance(before, dict) and isinstance(now, dict):
+            before, now = ({k: d[k] for k in d if before.get(k) != now.get(k)} for d in (before, now))
+        elif key == "images" and before:  # a list of thousands: its length, or the first that differs
+            unlike = [pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]]
+            before, now = unlike[0] if len(before) == len(now) else (len(before), len(now))
+        differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(now)}")
+    need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
 
 
-# ---------------------------------------------------------------------------------------------- features
+# ---------------------------------------------------------------------------------------------- what stages hand on
 
 
 def feature_path(folder: Path, encoder: str, image: str) -> Path:
-    """features/<encoder>/<image>.safetensors; "/" in the image's relative path becomes "__"."""
-    return folder / "features" / encoder / f"{image.replace('/', '__')}.safetensors"
+    """features/<encoder>/<image>.safetensors, sub-folders as they are."""
+    return folder / "features" / encoder / f"{image}.safetensors"
 
 
-def read_features(path: Path) -> dict[int, torch.Tensor]:
+def read_features(folder: Path, encoder: str, image: str) -> dict[int, torch.Tensor]:
     """One image's native maps, {stride: float16 [C,h,w]}; UserError if the file is missing or cut short."""
+    path = feature_path(folder, encoder, image)
     try:
         with safe_open(path, "pt") as file:
             return {stride: file.get_tensor(str(stride)) for stride in sorted(map(int, file.keys()))}
     except Exception as error:  # safetensors raises its own types, OSError and ValueError alike
-        problem = "missing" if not path.is_file() else f"damaged ({error})"
-        again = command("01_extract.py", path.parents[2])
-        raise UserError(f"feature file {path} is {problem}: run `{again}` again, it makes only that one") from None
+        problem = f"damaged ({error})" if path.is_file() else "missing"
+        again = command("01_extract.py", folder)
+        raise UserError(f"feature file {path} is {problem}: run `{again}` again, it makes what is missing") from None
+
+
+def bootstrap(images: int, seed: int) -> np.ndarray:
+    """Weights [1 + RESAMPLES, image] under which a mean over images is that of a resample; the first row is plain.
+
+    Drawing images with replacement is drawing how often each one counts.
+    """
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES)
+    return np.concatenate([np.ones((1, images)), draws]) / images

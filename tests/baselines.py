@@ -19,7 +19,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run  # noqa: E402
-from common.benchmarks import open_split  # noqa: E402
+from common.datasets import open_split  # noqa: E402
 from common.model import build_model  # noqa: E402
 
 stage5 = importlib.import_module("05_eval")

@@ -22,7 +22,7 @@ from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as to
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common.benchmarks import CITYSCAPES, CITYSCAPES_THINGS  # noqa: E402
+from common.datasets import CITYSCAPES, CITYSCAPES_THINGS  # noqa: E402
 
 stage5 = importlib.import_module("05_eval")
 HEIGHT, WIDTH, MASKS = 1024, 2048, 100

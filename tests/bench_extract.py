@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run, toycity  # noqa: E402
-from common.benchmarks import read_image, resize_image  # noqa: E402
+from common.datasets import read_image, resize_image  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 
 stage1 = importlib.import_module("01_extract")
@@ -52,7 +52,7 @@ def main():
             noise = np.random.default_rng(i).integers(-2, 3, scene.shape)
             Image.fromarray(np.clip(scene + noise, 0, 255).astype(np.uint8)).save(root / f"{i:04}.png")
         names = sorted(path.name for path in root.iterdir())
-        run.seed_everything(0)
+        torch.manual_seed(0)
         encoder = load_encoder(args.encoder, "none", args.device)
         images = [resize_image(read_image(root / name), "512x1024") for name in names[:8]]
         images = [images[i % len(images)] for i in range(args.images)]

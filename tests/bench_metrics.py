@@ -22,7 +22,7 @@ from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import run, toycity  # noqa: E402
+from common import toycity  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 
 metrics = importlib.import_module("02_metrics")
@@ -30,11 +30,12 @@ metrics = importlib.import_module("02_metrics")
 
 def with_scikit_learn(points, dimensions):
     points = points.numpy().astype(np.float64)
-    parts = [PCA(dimensions, svd_solver="full").fit_transform(p) for p in points]
+    dimensions = min(dimensions, *points.shape[1:])
+    parts = [PCA(dimensions, svd_solver="full").fit_transform(p)[:, ::-1] for p in points]  # the first one last
     return torch.from_numpy(np.stack(parts)).float()
 
 
-def clustering_with_scikit_learn(features, seed, components):
+def clustering_with_scikit_learn(features, points, seed):
     scores = []
     for flat in metrics.channels_standardised(features).numpy().astype(np.float64):
         chosen = np.random.default_rng(seed).permutation(len(flat))[: metrics.POSITIONS]
@@ -49,14 +50,13 @@ def clustering_with_scikit_learn(features, seed, components):
     return torch.tensor(scores).float()
 
 
+@torch.no_grad()
 def score(maps, image):
     """Every metric of the maps of one picture (or batch): {stride: {score: [B]}}."""
     scores = {}
     for stride, features in maps.items():
-        parts = metrics.components_of(features)
-        scores[stride] = metrics.structural_coherence(features, 0, parts) | metrics.edge_fidelity(
-            features, image, parts
-        )
+        prepared = metrics.prepare(features)
+        scores[stride] = metrics.coherence(*prepared, 0) | metrics.fidelity(*prepared, image)
     return scores
 
 
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--slow", type=int, default=6, help="pictures that scikit-learn's side gets")
     parser.add_argument("--cuda", action="store_true")
     args = parser.parse_args()
-    run.seed_everything(0)
+    torch.manual_seed(0)
     scenes = [toycity.scene("val", i)[0] for i in range(args.images)]
     images = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 255
     encoder = load_encoder("sam2_b", "none")
@@ -111,7 +111,6 @@ def main():
         side = "this project"
         print(f"peak memory grew by {memory('VmHWM') - before:.2f} GB")
     metrics.clustering_score, metrics.principal_components = clustering_with_scikit_learn, with_scikit_learn
-    metrics.components_of = lambda features: None
     few = pictures[: args.slow]
     with threadpool_limits(1):
         theirs, slow = timed(few)

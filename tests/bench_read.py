@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import toycity  # noqa: E402
-from common.benchmarks import open_split  # noqa: E402
+from common.datasets import open_split  # noqa: E402
 
 
 def cityscapes(root: Path) -> None:
@@ -52,7 +52,7 @@ class Annotations(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        return len(self.samples.names[index]) + len(self.samples.annotations[index])
+        return len(self.samples.names[index]) + len(self.samples.coco[index][1])
 
 
 def memory(pids) -> float:

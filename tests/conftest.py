@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from common import run, toycity
+from common import toycity
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +43,5 @@ def stage(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    run.seed_everything(0)
+    torch.manual_seed(0)
     torch.set_grad_enabled(True)

@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 from test_pictures import png16
 
 from common import toycity
-from common.benchmarks import CITYSCAPES, SYNTHIA
+from common.datasets import CITYSCAPES, SYNTHIA
 
 NAMES = {raw: name for raw, name, _ in CITYSCAPES}
 THINGS = (24, 26, 27)

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run, toycity  # noqa: E402
-from common.benchmarks import TOYCITY, cityscapes  # noqa: E402
+from common.datasets import TOYCITY, cityscapes  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 from common.model import build_model  # noqa: E402
 
@@ -54,17 +54,32 @@ def main():
 
     toycity.write(args.data / "toycity_pretrain", {"pretrain": args.scenes})
     samples = cityscapes(args.data / "toycity_pretrain", "pretrain", TOYCITY, "panoptic")
-    classes = [entry[1] for entry in TOYCITY]
+    class_names = [entry[1] for entry in TOYCITY]
     if args.encoder == "tiny_hiera":
-        samples, classes = WithoutClasses(samples), ["segment"]
+        samples, class_names = WithoutClasses(samples), ["segment"]
     changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "resize": (192, 384)}
     recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **changes)
-    settings = {"master": args.encoder, "auxiliary": None, "stride": 16, "fusion": "none", "seed": args.seed}
-    settings |= {"master_mode": "ft", "aux_mode": "fz", "classes": classes, **dataclasses.asdict(recipe)}
+    training = stage4.Training(
+        benchmark="toycity_pretrain",
+        master=args.encoder,
+        auxiliary=None,
+        stride=16,
+        fusion="none",
+        master_mode="ft",
+        aux_mode="fz",
+        seed=args.seed,
+        weights={args.encoder: "none"},
+        weights_from={},
+        train_images=len(samples),
+        class_names=class_names,
+        isthing=[False] * len(class_names),
+        recipe=recipe,
+    )
 
-    run.seed_everything(args.seed)
-    model = build_model(settings, weights={})
-    stage4.train(model, samples, recipe, settings, folder, stage4.load_checkpoint(folder, settings))
+    torch.manual_seed(args.seed)
+    model = build_model(dataclasses.asdict(training), weights={})
+    checkpoint = stage4.load_checkpoint(folder, training)
+    stage4.train(model, samples, training, stage4.Settings(), folder, checkpoint)
 
     path = Path(__file__).parents[1] / "common" / f"{args.encoder}.safetensors"
     with run.whole_file(path) as temporary:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run  # noqa: E402
-from common.benchmarks import read_image, resize_image  # noqa: E402
-from common.encoders import STRIDES, pyramid  # noqa: E402
+from common.encoders import STRIDES  # noqa: E402
 
 metrics, stage3 = importlib.import_module("02_metrics"), importlib.import_module("03_select")
 SETTINGS = {  # name in 02_metrics.py: what it means, a smaller and a larger value
@@ -37,11 +36,10 @@ def profiles(folder, settings, names):
     """Mean SC and EF of each encoder and stride: two arrays [1, encoder, stride]."""
 
     def score(name):
-        image = resize_image(read_image(Path(settings["root"]) / name), settings["size"])[None]
+        image, maps = metrics.read_maps(metrics.Settings(run=folder, device="cpu"), settings, name)
         values = []
-        for encoder in settings["encoders"]:
-            native = run.read_features(run.feature_path(folder, encoder, name))
-            for feature in pyramid({s: m[None].float() for s, m in native.items()}, image.shape[2:]).values():
+        for levels in maps.values():
+            for feature in levels.values():
                 sc = metrics.structural_coherence(feature, settings["seed"])["SC"]
                 values.append((sc.item(), metrics.edge_fidelity(feature, image)["EF"].item()))
         return values
@@ -56,8 +54,7 @@ def main():
     parser.add_argument("--run", type=Path, default=Path("runs/toycity"))
     parser.add_argument("--limit", type=int, help="pictures, evenly spaced")
     args = parser.parse_args()
-    settings = run.read_stage(args.run, "run.json", "01_extract.py")
-    names = settings["images"]
+    settings, names = metrics.open_run(args.run)
     names = names[:: max(1, len(names) // (args.limit or len(names)))]
     torch.set_num_threads(1)
     variants = [(None, None)] + [(name, value) for name, (_, *values) in SETTINGS.items() for value in values]
@@ -82,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.start(main)

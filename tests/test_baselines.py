@@ -5,7 +5,7 @@ import importlib
 import baselines
 import pytest
 
-from common.benchmarks import open_split
+from common.datasets import open_split
 
 stage5 = importlib.import_module("05_eval")
 

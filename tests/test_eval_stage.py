@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from test_scores import official, official_instance_ap, pixel_tool, same  # noqa: F401  official is a fixture
 
 from common import run
-from common.benchmarks import BENCHMARKS, CITYSCAPES_THINGS, open_split
+from common.datasets import BENCHMARKS, CITYSCAPES_THINGS, open_split
 from common.model import build_model
 from common.run import UserError
 

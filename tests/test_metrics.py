@@ -234,6 +234,7 @@ def filled(tmp_path):
         "encoders": ["tiny_vit", "tiny_hiera"],
         "size": "64x96",
         "seed": 0,
+        "left_out": {},
     }
     run.write_json(tmp_path / "run.json", settings | {"weights": {"tiny_vit": "none", "tiny_hiera": "pretrained"}})
     return tmp_path
@@ -256,6 +257,7 @@ def test_stage_writes_every_map_and_its_means_twice_the_same(filled, stage):
         assert cc["image"] > 0
         assert share == pytest.approx(cc["tiny_hiera"] / cc["image"])
     assert Image.open(filled / "metrics.png").width > 900
+    assert Image.open(filled / "edges.png").width > 900
     assert "tiny_vit has RANDOM weights" in printed
     assert printed.rstrip().endswith(f"python 03_select.py --run {filled}")
     stage("02_metrics", "--run", filled, "--device", "cpu", "--workers", 1)
@@ -266,7 +268,7 @@ def test_share_is_undefined_where_the_image_itself_is_at_chance():
     values = np.ones((4, 4, 4, len(metrics.SCORES)))  # [image, source, stride, score]
     values[:, 2, 1] = 0  # the image control at OS 8
     summary = metrics.summarise(values, ["x", "noise", "image", "shifted"], seed=0)
-    assert summary["x"]["8"]["EF_SHARE"]["mean"] is None
+    assert np.isnan(summary["x"]["8"]["EF_SHARE"]["mean"])  # null in metrics.json
     assert summary["x"]["4"]["EF_SHARE"]["mean"] == 1
 
 
@@ -278,3 +280,53 @@ def test_stage_names_what_is_missing(filled, stage):
     assert not (filled / "metrics.csv").exists()
     with pytest.raises(run.UserError, match=r"run `python 01_extract\.py --run .*nowhere.*` first"):
         stage("02_metrics", "--run", filled / "nowhere", "--device", "cpu")
+
+
+def test_stage_refuses_an_extraction_that_has_not_ended_and_leaves_out_what_it_left_out(filled, stage):
+    settings = json.loads((filled / "run.json").read_text())
+    run.write_json(filled / "run.json", settings | {"left_out": {"b.png": "b.png cannot be read"}})
+    assert "means over 2 images" in stage("02_metrics", "--run", filled, "--device", "cpu")
+    assert "b.png" not in (filled / "metrics.csv").read_text()
+    del settings["left_out"]
+    run.write_json(filled / "run.json", settings)
+    with pytest.raises(run.UserError, match=r"has not ended: run `python 01_extract\.py --images pictures` again"):
+        stage("02_metrics", "--run", filled, "--device", "cpu")
+
+
+def write_maps(folder, encoder, name, maps):
+    save_file(
+        {str(s): feature.half().contiguous() for s, feature in maps.items()}, run.feature_path(folder, encoder, name)
+    )
+
+
+def test_edges_are_drawn_where_each_encoders_own_ef_peaks(filled, stage, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(metrics, "draw_edges", lambda path, rows: drawn.append(rows))
+    stage("02_metrics", "--run", filled, "--device", "cpu")
+    summary = json.loads((filled / "metrics.json").read_text())["scores"]
+    (rows,) = drawn
+    assert len(rows) == 3
+    for image, drawings in rows:
+        assert image.shape == (3, 64, 96)
+        for encoder, (title, centreline, edges) in zip(("tiny_vit", "tiny_hiera"), drawings, strict=True):
+            peak = max((4, 8, 16, 32), key=lambda s: summary[encoder][str(s)]["EF"]["mean"])  # noqa: B023
+            assert title.startswith(f"{encoder}, OS {peak}\nEC 0.")
+            size = (64 // peak - 2, 96 // peak - 2)
+            assert centreline.shape == edges.shape == size
+            assert 0 < (edges > 0).float().mean() <= 0.1 + 1 / edges.numel()
+
+
+def test_maps_or_pictures_without_edges_do_not_break_the_drawing(filled, stage):
+    Image.new("RGB", (96, 64), (90, 90, 90)).save(filled / "a.png")
+    for name, value in (("a.png", 0.7), ("b.png", torch.nan)):
+        write_maps(filled, "tiny_vit", name, {16: torch.full((12, 4, 6), value)})
+    assert "leaves out a.png: no contrast" in stage("02_metrics", "--run", filled, "--device", "cpu")
+    assert (filled / "edges.png").is_file()
+
+
+def test_drawing_leaves_out_pictures_whose_maps_are_too_small(filled, capsys):
+    found = json.loads((filled / "run.json").read_text())
+    settings, values = metrics.Settings(run=filled, device="cpu"), np.zeros((3, 5, 4, len(metrics.SCORES)))
+    values[:, :, 3, metrics.SCORES.index("EF")] = 1  # they peak at OS 32, where maps are 2 x 3
+    assert metrics.edges_at_peaks(settings, found, found["images"], values) == []
+    assert capsys.readouterr().out.count("under 3 pixels") == 3

@@ -2,6 +2,7 @@
 
 import importlib
 
+import ground_truth
 import numpy as np
 import pytest
 import slow_metrics
@@ -178,16 +179,17 @@ def test_a_batch_of_eight_equals_eight_of_one(images):
 
 def test_components_computed_once_give_the_same_scores(images):
     for features in (smooth(40, 32, 64, seed=3), smooth(600, 16, 32, seed=4), smooth(6, 80, 96, seed=5)):
-        parts = metrics.components_of(features[None])
-        assert (parts is None) == (features[0].numel() > metrics.POSITIONS)
-        shared = metrics.structural_coherence(features[None], 0, parts)
-        shared |= metrics.edge_fidelity(features[None], images[:1], parts)
-        for name, value in both(features[None], images[:1]).items():
-            tolerance = {"SCS": 0.01, "SC": 0.01}.get(name, 1e-2 if name.startswith("EF") else 1e-4)
-            assert shared[name].item() == pytest.approx(value.item(), abs=tolerance), name
+        prepared = metrics.prepare(features[None])
+        assert (prepared[2] is None) == (features[0].numel() > metrics.POSITIONS)
+        shared = metrics.coherence(*prepared, 0) | metrics.fidelity(*prepared, images[:1])
+        assert shared == both(features[None], images[:1])
+        alone = metrics.principal_components(metrics.channels_standardised(features[None]), 1)  # the first one only
+        alone = metrics.standardise(alone[..., 0].unflatten(1, features.shape[1:]))
+        sign = (alone * prepared[3]).sum().sign()
+        assert torch.allclose(sign * alone, prepared[3], atol=1e-3)
     broken = smooth(6, 32, 48)[None].clone()
     broken[0, 2, 3, 4] = torch.nan
-    assert metrics.components_of(broken).isfinite().all()
+    assert metrics.prepare(broken)[2].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------- ground truth
@@ -208,15 +210,30 @@ def test_coherence_with_truth_equals_its_words():
     between = sum(s * (m - norm.mean()) ** 2 for s, m in zip(shares, means, strict=True))
     points = (flat - flat.mean(0)) / (flat.std(0) + 1e-6)
     spread = silhouette_score(PCA(6, svd_solver="full").fit_transform(points), labels)  # all 572 positions
-    got = metrics.coherence_with_truth(features[None], segments[None])
+    got = ground_truth.coherence_with_truth(features[None], segments[None])
     assert got["SFC_GT"].item() == pytest.approx(between / (between + within), abs=1e-4)
     assert got["SCS_GT"].item() == pytest.approx((spread + 1) / 2, abs=1e-4)
     assert got["SC_GT"].item() == pytest.approx((got["SFC_GT"] * got["SCS_GT"]).sqrt().item())
     changed = torch.where(segments > 0, features, 9 * features.flip(2))  # void has no say
-    again = metrics.coherence_with_truth(changed[None], segments[None])
+    again = ground_truth.coherence_with_truth(changed[None], segments[None])
     assert all(again[name].item() == pytest.approx(got[name].item(), abs=1e-5) for name in got)
-    alone = metrics.coherence_with_truth(features[None], (segments > 0).long()[None])  # one segment: nothing to compare
+    alone = ground_truth.coherence_with_truth(
+        features[None], (segments > 0).long()[None]
+    )  # one segment: nothing to compare
     assert all(value.isnan().all() for value in alone.values())
+
+
+def test_rank_correlation_with_truth_is_spearmans():
+    rng = np.random.default_rng(0)
+    sc = rng.random((6, 2, 4))
+    same = ground_truth.compare_with_truth(sc, sc**3, ["a", "b"], seed=0)
+    assert [same["rho"], same["low"], same["high"]] == pytest.approx([1, 1, 1])
+    assert same["SC_GT"]["b"]["8"] == pytest.approx((sc[:, 1, 1] ** 3).mean())
+    truth = rng.random((6, 2, 4))
+    truth[0, 0, 0] = np.nan  # one segment only
+    found = ground_truth.compare_with_truth(sc, truth, ["a", "b"], seed=0)
+    assert found["maps"] == 47
+    assert found["low"] < found["rho"] < found["high"]
 
 
 # ------------------------------------------------------------------------------------------------- controls

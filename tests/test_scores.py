@@ -12,7 +12,7 @@ from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as pixel
 from PIL import Image
 from scipy import ndimage
 
-from common.benchmarks import CITYSCAPES, CITYSCAPES_THINGS
+from common.datasets import CITYSCAPES, CITYSCAPES_THINGS
 
 stage5 = importlib.import_module("05_eval")
 THING_IDS = {name: raw for raw, name, _ in CITYSCAPES_THINGS}

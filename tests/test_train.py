@@ -15,7 +15,8 @@ import torch
 from pycocotools import mask as rle
 from torch.utils.data import DataLoader, Dataset
 
-from common.benchmarks import BENCHMARKS, open_split
+from common import run
+from common.datasets import BENCHMARKS, open_split
 from common.model import LOSS_WEIGHTS, PADDING, build_model
 from common.run import UserError
 
@@ -70,20 +71,24 @@ class Shapes(Dataset):
         }
 
 
-def settings_for(recipe, **changes):
-    settings = {"master": "tiny_vit", "auxiliary": "tiny_hiera", "stride": 8, "fusion": "replace", "seed": 0}
-    settings |= {"master_mode": "ft", "aux_mode": "fz", "classes": ["ground", "sky", "box", "disc"]}
-    return settings | dataclasses.asdict(recipe) | changes
+def training_for(recipe=RECIPE, **changes):
+    about = {"benchmark": "shapes", "master": "tiny_vit", "auxiliary": "tiny_hiera", "stride": 8, "fusion": "replace"}
+    about |= {"master_mode": "ft", "aux_mode": "fz", "seed": 0, "weights": {}, "weights_from": {}, "train_images": 8}
+    about |= {"class_names": ["ground", "sky", "box", "disc"], "isthing": [False, False, True, True]}
+    return stage4.Training(**about | changes, recipe=recipe)
 
 
-def train(folder, recipe=RECIPE, samples=None, accumulate=1, **changes):
-    settings = settings_for(recipe, **changes)
-    torch.manual_seed(settings["seed"])
-    model = build_model(settings, {"tiny_vit": "none", "tiny_hiera": "none"})
-    checkpoint = stage4.load_checkpoint(folder, settings)
-    model.ended_by = stage4.train(
-        model, samples or Shapes(), recipe, settings, folder, checkpoint, workers=0, accumulate=accumulate
-    )
+def build(training):
+    torch.manual_seed(training.seed)
+    return build_model(dataclasses.asdict(training), {"tiny_vit": "none", "tiny_hiera": "none"})
+
+
+def train(folder, recipe=RECIPE, samples=None, accumulate=1, model=None, **changes):
+    training = training_for(recipe, **changes)
+    settings = stage4.Settings(device="cpu", workers=0, accumulate=accumulate)
+    model = model or build(training)
+    checkpoint = stage4.load_checkpoint(folder, training)
+    model.ended_by = stage4.train(model, samples or Shapes(), training, settings, folder, checkpoint)
     return model
 
 
@@ -208,10 +213,12 @@ def test_colours_change_in_half_of_the_images_and_stay_colours():
 def test_the_stream_depends_on_the_seed_alone(data):
     recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=4, batch=4)
     crops = stage4.TrainCrops(open_split("toycity", data, "train"), recipe, seed=3)
-    one, two = (list(DataLoader(crops, 4, num_workers=n, collate_fn=stage4.collate)) for n in (0, 2))
-    for (a, masks_a, _, names), (b, masks_b, _, _) in zip(one, two, strict=True):
-        assert torch.equal(a, b) and all(torch.equal(m, n) for m, n in zip(masks_a, masks_b, strict=True))
-        assert len(set(names)) == 4 and all(name.startswith("leftImg8bit/") for name in names)
+    one, two = (list(DataLoader(crops, 4, sampler=range(16), num_workers=n, collate_fn=list)) for n in (0, 2))
+    for batch, again in zip(one, two, strict=True):
+        for a, b in zip(batch, again, strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["masks"], b["masks"])
+        names = {crop["name"] for crop in batch}
+        assert len(names) == 4 and all(name.startswith("leftImg8bit/") for name in names)
     other = stage4.TrainCrops(crops.samples, recipe, seed=4)
     assert not torch.equal(crops[0]["image"], other[0]["image"])
 
@@ -253,35 +260,57 @@ def test_rates_fall_by_a_power_or_in_drops():
     assert [stage4.schedule(step, drops) for step in steps] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def choose_recipe(monkeypatch, name, *flags):
+    monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
+    settings, changes = run.parse("", stage4.Settings, stage4.Recipe)
+    return stage4.choose_recipe(name, changes, settings.accumulate)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--crop", "100x64"], "multiples of 32"),
         (["--crop", "64"], "multiples of 32"),
+        (["--crop", "0x64"], "multiples of 32"),
         (["--steps", "-1"], "not be negative"),
         (["--learning-rate", "0"], "above 0"),
+        (["--vit-widths", "0", "8", "8", "8"], "above 0"),
+        (["--weight-decay", "-1"], "not below"),
+        (["--resize", "200", "100"], "smaller one first"),
+        (["--width", "50"], "multiple of 32"),
+        (["--width", "32", "--heads", "3"], "of --heads, 3"),
+        (["--test-size", "tiny"], "neither HEIGHTxWIDTH"),
         (["--batch", "3", "--accumulate", "2"], "a batch of 3 cannot be shared evenly"),
     ],
 )
 def test_flags_that_cannot_be(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
     with pytest.raises(UserError, match=message):
-        stage4.choose_recipe(stage4.parse_arguments(), "toycity")
+        choose_recipe(monkeypatch, "toycity", *flags)
 
 
 def test_flags_change_the_recipe_and_the_drops_move_along(monkeypatch):
     flags = ["--steps", "1000", "--batch", "8", "--learning-rate", "2e-4", "--crop", "512x640", "--accumulate", "4"]
-    monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
-    recipe = stage4.choose_recipe(stage4.parse_arguments(), "coco_instance")
-    assert (recipe.steps, recipe.batch, recipe.learning_rate, recipe.crop) == (1000, 8, 2e-4, (512, 640))
-    assert recipe.drops == (889, 963)
+    recipe = choose_recipe(monkeypatch, "coco_instance", *flags)
+    given = {"steps": 1000, "batch": 8, "learning_rate": 2e-4, "crop": (512, 640), "drops": (889, 963)}
+    assert recipe == dataclasses.replace(stage4.RECIPES["coco_instance"], **given)
+    assert choose_recipe(monkeypatch, "coco_instance", *flags, "--drops", "7").drops == (7,)
+    assert choose_recipe(monkeypatch, "toycity", "--steps", "0") == stage4.RECIPES["toycity"]  # to be described
+
+
+def test_every_field_of_a_recipe_is_a_flag(monkeypatch):
+    wanted, flags = stage4.RECIPES["coco_panoptic"], []
+    for name, value in dataclasses.asdict(wanted).items():
+        words = "x".join(map(str, value)) if name == "crop" else value
+        words = words if isinstance(words, tuple) else (words,)
+        flags += ["--no-colour-jitter"] if name == "colour_jitter" else ["--" + name.replace("_", "-"), *words]
+    assert choose_recipe(monkeypatch, "toycity", *map(str, flags)) == wanted
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
 def test_encoders_learn_at_a_tenth_and_norms_do_not_decay():
-    model = build_model(settings_for(RECIPE), {})
+    model = build(training_for())
     optimiser = stage4.make_optimiser(model, RECIPE)
     names = {id(p): name for name, p in model.named_parameters()}
     where = {names[id(p)]: group for group in optimiser.param_groups for p in group["params"]}
@@ -315,11 +344,27 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path):
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts") and len(losses(tmp_path / "whole")) == 6
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == [
-        "checkpoint.pt",
-        "checkpoint_previous.pt",
-        "log.csv",
-    ]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint.pt", "log.csv"]
+
+
+def test_a_step_done_twice_counts_by_its_last_row(tmp_path):
+    whole = train(tmp_path)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    again = ["5," + ",".join(["9"] * (len(stage4.LOG) - 1)), "6," + rows[-1].partition(",")[2]]
+    (tmp_path / "log.csv").write_text("\n".join([*rows, *again, ""]))  # from step 5 on, once more
+    log = stage4.read_log(tmp_path)
+    assert whole.ended_by is None and log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert log["loss"][4] == 9 and log["loss"][5] == float(rows[-1].split(",")[1])
+    (tmp_path / "log.csv").unlink()
+    with pytest.raises(UserError, match="log.csv is gone or damaged"):
+        stage4.read_log(tmp_path)
+
+
+def test_a_training_that_begins_anew_begins_its_log_anew(tmp_path):
+    train(tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    train(tmp_path, dataclasses.replace(RECIPE, steps=2))
+    assert len(losses(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -337,7 +382,6 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, numbe
     assert train(tmp_path, samples=Signalled()).ended_by == number
     assert signal.getsignal(number) is before
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
-    assert torch.load(tmp_path / "checkpoint_previous.pt", weights_only=True)["step"] == 2
     assert train(tmp_path).ended_by is None
     train(tmp_path / "whole")
     assert losses(tmp_path) == losses(tmp_path / "whole")
@@ -376,25 +420,19 @@ def test_killed_for_real_and_started_again_to_the_last_bit(data, tmp_path, stage
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_batch_in_parts_is_the_batch(tmp_path):
-    """The same pictures, rates and averages; only the points that the loss samples differ. Of segments, one picture has
-    four and the others one, so that a part is not worth as much as another."""
-
-    class Uneven(Shapes):
-        def __getitem__(self, index):
-            sample = super().__getitem__(index)
-            return sample if index == 0 else sample | {"segments": (sample["segments"] == 1).int()}
-
+def test_a_batch_in_micro_batches_is_nearly_the_batch(tmp_path):
+    """The same pictures, rates and averages; only the points that the loss samples differ, as each picture has four
+    segments, two of them things."""
     recipe = dataclasses.replace(RECIPE, batch=4, steps=3, points=4096)
-    train(tmp_path / "one", recipe, Uneven())
-    train(tmp_path / "four", recipe, Uneven(), accumulate=4)
+    train(tmp_path / "one", recipe)
+    train(tmp_path / "four", recipe, accumulate=4)
     for one, four in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
         assert one == pytest.approx(four, rel=0.05)
 
 
 def test_bfloat16_follows_float32():
     """On a CPU, whose autocast leaves other operations in float32 than a GPU's."""
-    model = build_model(settings_for(RECIPE), {}).train()
+    model = build(training_for()).train()
     sample = stage4.augment(Shapes()[0], RECIPE, np.random.default_rng(0))
     found = []
     for enabled in (False, True):
@@ -410,74 +448,58 @@ def test_bfloat16_follows_float32():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_nothing_begun_anew(tmp_path):
     train(tmp_path)
     path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert stage4.load_checkpoint(tmp_path, settings_for(RECIPE))["step"] == 4
-    assert "checkpoint.pt cannot be read" in capsys.readouterr().out
-    (tmp_path / "checkpoint_previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint of .* can be read: move them away"):  # not: begin anew
-        stage4.load_checkpoint(tmp_path, settings_for(RECIPE))
+    for content in (path.read_bytes()[:1000], b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"checkpoint.pt cannot be read \(.*\): move it away to start anew"):
+            train(tmp_path)
+        assert path.read_bytes() == content
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
     train(tmp_path)
     with pytest.raises(UserError, match="stride was 8, now 16"):
         train(tmp_path, stride=16)
+    with pytest.raises(UserError, match=r'recipe was \{"steps": 6\}, now \{"steps": 8\}'):
+        train(tmp_path, dataclasses.replace(RECIPE, steps=8))
 
 
-def test_logits_that_are_not_finite_stop_training_before_anything_is_saved(tmp_path):
-    model_settings = settings_for(RECIPE)
-    model = build_model(model_settings, {"tiny_vit": "none", "tiny_hiera": "none"})
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_logits_that_are_not_finite_stop_training_before_anything_is_saved(tmp_path, accumulate):
+    model = build(training_for())
     with torch.no_grad():
         model.class_predictor.weight.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"in step 1, images \d, \d: the logits of decoder layer 0 are not finite;"):
-        stage4.train(model, Shapes(), RECIPE, model_settings, tmp_path, workers=0)
+    names = r"\d, \d" if accumulate == 1 else r"\d"
+    with pytest.raises(UserError, match=f"in step 1.* images {names}: the logits of decoder layer 0 are not finite"):
+        train(tmp_path, model=model, accumulate=accumulate)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("term", ["the logits of decoder layer 1 are", "the mask loss is", "the gradient is"])
-def test_what_is_not_finite_can_be_looked_into(tmp_path, monkeypatch, term):
-    """In the fourth step something turns to NaN; the last good checkpoint stays, and the file tells the same again."""
-    settings = settings_for(RECIPE)
-    model = build_model(settings, {"tiny_vit": "none", "tiny_hiera": "none"})
-    inside, calls = model.forward if "logits" in term else model.criterion.forward, []
+@pytest.mark.parametrize("term", ["the mask loss is", "the gradient is"])
+def test_what_is_not_finite_stops_training_and_the_last_checkpoint_stays(tmp_path, monkeypatch, term):
+    """In the fourth step something turns to NaN; the same command without it then goes on from the second."""
+    model = build(training_for())
+    inside, calls = model.criterion.forward, []
 
     def spoilt(*given):
         found = inside(*given)
         calls.append(len(given))
-        if "logits" in term and len(calls) == 4:
-            with torch.no_grad():  # the weights themselves, as a bad step would leave them
-                next(model.transformer.decoder.mask_predictor.parameters()).fill_(torch.nan)
-            found = [found[0], *inside(*given)[1:]]
         if "mask" in term and len(calls) > 9:  # three layers a step
             found["loss_mask"] = found["loss_mask"] * torch.nan
         return found
 
-    monkeypatch.setattr(model if "logits" in term else model.criterion, "forward", spoilt)
+    monkeypatch.setattr(model.criterion, "forward", spoilt)
     if "gradient" in term:
         model.class_predictor.weight.register_hook(lambda gradient: gradient * (torch.nan if len(calls) > 9 else 1))
-    with pytest.raises(UserError, match=f"step 4, images .*: {term}.*nonfinite.pt holds what reproduces it") as error:
-        stage4.train(model, Shapes(), RECIPE, settings, tmp_path, workers=0)
+    with pytest.raises(UserError, match=rf"in step 4.* images \d, \d: {term} .*nan|{term} not finite"):
+        train(tmp_path, model=model)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
     assert len(losses(tmp_path)) == 3
-    saved = torch.load(tmp_path / "nonfinite.pt", "cpu", weights_only=True)
-    assert saved["step"] == 3 and saved["settings"] == settings
-    again = build_model(saved["settings"], weights={})
-    again.load_state_dict(saved["model"])
-    ((seed, (images, masks, labels, names)),) = zip(saved["seeds"], saved["batch"], strict=True)
-    assert all(name in str(error.value) for name in names)
-    torch.manual_seed(seed)
-    outputs, masks = again.train()(images), [m.float() for m in masks]
-    if "logits" in term:
-        with pytest.raises(FloatingPointError):
-            again.losses(outputs, masks, labels, saved["counts"])
-    else:  # here the loss alone was spoilt: the step as it should have been
-        found = again.losses(outputs, masks, labels, saved["counts"])
-        whole = train(tmp_path / "whole")
-        assert whole.ended_by is None
-        assert sum(found.values()).item() == pytest.approx(losses(tmp_path / "whole")[3][1], rel=1e-6)
+    train(tmp_path)
+    train(tmp_path / "whole")
+    assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
 def test_a_checkpoint_gives_the_same_predictions(tmp_path):
