@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from common.run import CORES, DEVICES, UserError, flag, need, positive
 
 # torchrun starts WORLD processes, of which this one is number RANK; without it there is one.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOG = ("step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds")
+LOG = ("step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds", "waiting")
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -96,11 +96,11 @@ class Recipe:
     save_every: int = flag(1000, "steps", type=positive)
 
 
-LARGE_SCALE_JITTER = {"resize": (102, 2048), "resized_side": "long", "colour_jitter": False}  # 0.1 to 2 times the crop
-COCO = Recipe(368_750, 16, (1024, 1024), test_size="800/1333", drops=(327_778, 355_092), **LARGE_SCALE_JITTER)
-COCO = replace(COCO, queries=200)
+COCO = {"colour_jitter": False, "test_size": "800/1333", "drops": (327_778, 355_092), "queries": 200}
+COCO = Recipe(368_750, 16, (1024, 1024), (102, 2048), "long", **COCO)  # large-scale jitter: 0.1 to 2 times the crop
 TINY = {"width": 64, "queries": 50, "encoder_layers": 2, "decoder_layers": 3, "heads": 4, "points": 1024}
 TINY |= {"vit_widths": (32, 64, 64, 128), "colour_jitter": False, "save_every": 200}
+# A benchmark that has no recipe of its own below is one of street scenes.
 RECIPES = dict.fromkeys(BENCHMARKS, Recipe()) | {
     "coco_instance": COCO,
     "coco_panoptic": COCO,
@@ -203,7 +203,7 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
 
 
 def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Brightness, contrast, saturation and hue, each in half of the images, as SSD does (Liu et al. 2016).
+    """Vary brightness, contrast, saturation and hue, each in half of the images, as SSD does (Liu et al. 2016).
 
     image: float32 [3, h, w] in [0, 1].
     """
@@ -212,7 +212,7 @@ def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tenso
         lambda image: TF.adjust_saturation(image, rng.uniform(0.5, 1.5)),
         lambda image: TF.adjust_hue(image, rng.uniform(-0.1, 0.1)),  # of the circle; 18 in OpenCV's half degrees
     ]
-    # contrast, before the colours or after them
+    # Contrast changes before the colours or after them.
     changes.insert(rng.choice([1, 3]), lambda image: image * rng.uniform(0.5, 1.5))
     for change in changes:
         if rng.random() < 0.5:
@@ -275,7 +275,7 @@ def schedule(step: int, recipe: Recipe) -> float:
 
 
 def resume(model: nn.Module, optimiser: torch.optim.AdamW, checkpoint: dict) -> int:
-    """Fill both from a checkpoint, of whatever device, and empty it: it is as large. Returns how many steps are done."""
+    """Fill both from a checkpoint, of whatever device, and empty it: it is as large. Returns the steps done."""
     model.load_state_dict(checkpoint["model"])
     for group in checkpoint["optimiser"]["param_groups"]:
         group["fused"] = optimiser.defaults["fused"]
@@ -292,8 +292,13 @@ def resume(model: nn.Module, optimiser: torch.optim.AdamW, checkpoint: dict) -> 
 def collect_signals():
     """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
     received = []
+
+    def receive(number, frame):
+        received.append(number)
+        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
+
     both = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in both]
+    before = [signal.signal(number, receive) for number in both]
     try:
         yield received
     finally:
@@ -312,20 +317,27 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
     model.to(device, memory_format=layout).train()
     optimiser = make_optimiser(model, recipe)
     first = resume(model, optimiser, checkpoint) if checkpoint else 0
+    if WORLD > 1:
+        dist.all_reduce(alike := torch.tensor(first, device=device))
+        need(alike == first * WORLD, f"not all processes read the same checkpoint: can all of them see {folder}?")
     learner = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
     with collect_signals() as signals, open_log(folder, first) as log:
         for step in bar:
             # ------------------------------------------------------------------ learning rate
-            began, terms = time.perf_counter(), 0
+            began, waiting, terms, pictures = time.perf_counter(), 0.0, 0, []
             for group in optimiser.param_groups:  # "rate" is a group's own at the start
                 group["lr"] = group["rate"] * schedule(step, recipe)
 
             for micro_batch in range(accumulate):
                 # -------------------------------------------------------------- forward
+                asked = time.perf_counter()
                 images, masks, labels, names = next(micro_batches)
-                stopped = f"training stopped in step {step + 1}, the last checkpoint stays; images {', '.join(names)}"
+                waiting, pictures = waiting + time.perf_counter() - asked, pictures + names
+                stopped = (
+                    f"training stopped in step {step + 1}, the last checkpoint stays; images {', '.join(pictures)}"
+                )
                 # The loss samples points, and no two micro-batches of a training draw them alike.
                 part = RANK * accumulate + micro_batch
                 torch.manual_seed(training.seed * 1_000_003 + step + (part << 40))
@@ -351,9 +363,11 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
             if WORLD > 1:  # all must agree to stop: one that ended alone would leave the others waiting
                 dist.all_reduce(shared)
             *terms, stop = (shared / WORLD).tolist()
-            row = [step + 1, sum(terms), *terms, group["lr"], time.perf_counter() - began]
-            print(*row, sep=",", file=log)
-            bar.set_postfix(loss=row[1], refresh=False)
+            seconds = time.perf_counter() - began
+            print(step + 1, sum(terms), *terms, group["lr"], seconds, waiting, sep=",", file=log)
+            slow = step > first + 20 and waiting > 0.1 * seconds  # the first steps wait for the workers to start
+            hint = f", {waiting / seconds:.0%} waiting for data: raise --workers" if slow else ""
+            bar.set_postfix_str(f"loss {sum(terms):.2f}{hint}", refresh=False)
             # ------------------------------------------------------------------ save
             last = step + 1 == recipe.steps
             if (step + 1) % recipe.save_every == 0 or last or stop:
@@ -385,7 +399,7 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, training: Training) -> None:
-    """The step stands for the schedule, the place in the data and the random numbers: all follow from it and the seed."""
+    """Schedule, place in the data and random numbers all follow from the step and the seed."""
     content = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
     content |= {"step": step, "settings": asdict(training)}
     if RANK == 0:
@@ -416,21 +430,22 @@ def load_checkpoint(folder: Path, training: Training) -> dict | None:
 
 def join_processes(device: str) -> None:
     """Meet the others that torchrun started, each with a GPU of its own where there are some; the first one prints."""
-    if WORLD > 1 and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")  # TF32
+    if WORLD > 1:
         dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs
-        if RANK:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
 
 
 def choose_pair(settings: Settings, selection: dict, folder: Path) -> dict:
     """The selection with what the command line changes; UserError if that is no pair or needs a folder of its own."""
     given = {name: getattr(settings, name) for name in ("master", "auxiliary", "stride")}
     given = {name: value for name, value in given.items() if value is not None}
-    selected = not given and (settings.fusion, settings.master_mode, settings.aux_mode) == ("replace", "ft", "fz")
+    method = (settings.fusion, settings.master_mode, settings.aux_mode) == ("replace", "ft", "fz")
     own = folder.resolve() != settings.run.resolve()
-    need(selected or own, f"this is not the selection of {settings.run}: give it a folder of its own with --out")
+    need(own or method and not given, f"this is not the selection of {settings.run}: give it its own folder with --out")
     mixed = own and (folder / "features").exists()
     need(not mixed, f"{folder} holds features, it is a run of its own: give another --out")
     selection |= given | {"chosen_by_hand": sorted({*selection["chosen_by_hand"], *given})}
@@ -440,50 +455,44 @@ def choose_pair(settings: Settings, selection: dict, folder: Path) -> dict:
 
 
 def plan(settings: Settings, changes: dict, found: dict, selection: dict) -> tuple[Training, Dataset]:
-    """What is trained, and the pictures it is trained on; UserError for what cannot be."""
+    """What is trained, from run.json, the selection and the command line, and on what; UserError for what cannot be."""
     names = ("master", "auxiliary") if settings.fusion != "none" else ("master",)
     weights = {selection[name]: found["weights"].get(selection[name], "pretrained") for name in names}
-    weights_from = {encoder: weights_origin(encoder, source) for encoder, source in weights.items()}
+    weights_from = {encoder: weights_origin(encoder, kind) for encoder, kind in weights.items()}
     for encoder, now in weights_from.items():
         before = found["weights_from"].get(encoder, now)
         advice = "bring those back, or begin with 01_extract.py and another --run"
         need(now == before, f"{encoder} was measured with other weights ({before}) than these ({now}): {advice}")
         if weights[encoder] == "none":
             print(f"WARNING: {encoder} starts from random weights")
+    # Random weights have nothing to keep, and learn as fast as the decoder.
     if weights[selection["master"]] == "none":
         changes = {"master_rate": 1.0} | changes
     recipe = choose_recipe(found["benchmark"], changes, settings.accumulate)
-
     data = settings.data or Path(found["data"])
     need(data.is_dir(), f"there is no folder {data}: say where your data sets are with --data")
     samples = open_split(found["benchmark"], data, "train")
-    training = Training(
-        found["benchmark"],
-        **{name: selection[name] for name in ("master", "auxiliary", "stride")},
-        **{name: getattr(settings, name) for name in ("fusion", "master_mode", "aux_mode")},
-        seed=found["seed"] if settings.seed is None else settings.seed,
-        weights=weights,
-        weights_from=weights_from,
-        train_images=len(samples),
-        class_names=[category.name for category in samples.categories],
-        isthing=[category.isthing for category in samples.categories],
-        recipe=recipe,
-    )
-    return training, samples
+
+    facts = vars(settings) | {"benchmark": found["benchmark"], "recipe": recipe}
+    facts |= {name: selection[name] for name in ("master", "auxiliary", "stride")}
+    facts |= {"weights": weights, "weights_from": weights_from, "train_images": len(samples)}
+    facts["seed"] = found["seed"] if settings.seed is None else settings.seed
+    facts["class_names"] = [category.name for category in samples.categories]
+    facts["isthing"] = [category.isthing for category in samples.categories]
+    return Training(**{field.name: facts[field.name] for field in fields(Training)}), samples
 
 
 def describe(model: nn.Module, training: Training, samples: Dataset, parts: int) -> None:
     """What is trained, on what, and for how long."""
-    recipe, frozen = training.recipe, {"ft": "fine-tuned", "fz": "frozen"}
-    print(f"master      {training.master}, {frozen[training.master_mode]}")
-    if training.fusion != "none":
-        way = f"{frozen[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
-        print(f"auxiliary   {training.auxiliary}, {way}")
+    recipe, modes = training.recipe, {"ft": "fine-tuned", "fz": "frozen"}
+    print(f"master      {training.master}, {modes[training.master_mode]}")
+    way = f"{modes[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
+    print(f"auxiliary   {'none' if training.fusion == 'none' else f'{training.auxiliary}, {way}'}")
     learn, fixed = (sum(p.numel() for p in model.parameters() if p.requires_grad is on) / 1e6 for on in (True, False))
     print(f"parameters  {learn:.2f} M learn, {fixed:.2f} M are frozen")
     print(f"data        {len(samples)} images of {samples.root}, {len(training.class_names)} classes")
-    epochs = recipe.steps * recipe.batch / len(samples)
     shared = f", in {parts} parts" if parts > 1 else ""
+    epochs = recipe.steps * recipe.batch / len(samples)
     print(f"schedule    {recipe.steps} steps of {recipe.batch} images{shared}: {epochs:.1f} epochs")
     print("recipe      " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()))
 
@@ -512,17 +521,19 @@ def main():
     selection = choose_pair(settings, selection, folder)
     training, samples = plan(settings, changes, found, selection)
     torch.manual_seed(training.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     model = build_model(asdict(training), training.weights)
     describe(model, training, samples, WORLD * settings.accumulate)
     if changes.get("steps") == 0:
         return None
 
     checkpoint = load_checkpoint(folder, training)
+    # Nothing was refused: an ablation's folder becomes a run of its own.
     if RANK == 0 and folder.resolve() != settings.run.resolve():
         run.write_json(folder / "run.json", found)
         run.write_json(folder / "selection.json", selection)
     ended_by = train(model, samples, training, settings, folder, checkpoint)
+    if WORLD > 1:
+        dist.destroy_process_group()
     if ended_by:
         print(f"\ninterrupted; {folder}/checkpoint.pt is up to date, and the same command goes on from there")
         return 128 + ended_by

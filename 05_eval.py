@@ -24,6 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy import ndimage
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
 from common import figures, run
 from common.datasets import (
     BENCHMARKS,
@@ -39,13 +47,6 @@ from common.datasets import (
 )
 from common.model import PADDING, FusedModel, build_model
 from common.run import CORES, DEVICES, UserError, flag, need, positive
-from PIL import Image
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from scipy import ndimage
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -345,11 +346,14 @@ def compare(folders: tuple[Path, ...]) -> str:
         numbers = ["-" if scores.get(name) is None else f"{scores[name]:.1f}" for name in names]
         what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in (name, benchmark, model["master"], *pair)]
         rows.append([*what, modes, str(model["steps"]), *numbers])
-    paper = [["benchmark", "trains on", "evaluates on", "score", "paper", "best here"]]
+    paper = [["benchmark", "trains on", "evaluates on", "score", "paper", "here, best"]]
     for name, benchmark in BENCHMARKS.items():
-        ours = [", ".join(f"{s[m]:.1f}" for m in benchmark.measures) for _, b, _, s in runs if b == name]
+        best = []
+        for measure in benchmark.measures:
+            ours = [scores[measure] for _, ran, _, scores in runs if ran == name and scores.get(measure) is not None]
+            best.append(f"{max(ours):.1f}" if ours else "-")
         where = [name, benchmark.trains_on, benchmark.evaluates_on, ", ".join(benchmark.measures), benchmark.paper]
-        paper.append([*where, max(ours, default="-")])
+        paper.append([*where, ", ".join(best)])
     return f"{markdown(rows)}\n{markdown(paper)}"
 
 
@@ -427,6 +431,8 @@ def main():
     rows = [drawing(model, trained, samples[i], settings.device) for i in indices[:: max(1, count // 3)][:3]]
     figures.draw_predictions(folder / f"predictions{part}.png", rows, trained["class_names"])
     print(f"\n{text}\nwrote results{part}.json, results{part}.md, predictions{part}.png in {folder}")
+    if submission:
+        print(f"wrote {submission}/")
     flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
     alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
     print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")

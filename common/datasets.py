@@ -196,7 +196,7 @@ DATA_SETS = {
     "toycity": (read_cityscapes, ITSELF, CITY),
     "cityscapes": (read_cityscapes, ITSELF, CITY),
     "KITTI-360": (read_kitti360, dict(enumerate(range(45))) | {34: 11}, KITTI),  # garages count as buildings
-    ADE20K: (read_ade20k, dict(enumerate(range(151))), ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
+    ADE20K: (read_ade20k, {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
     "urbansyn": (read_urbansyn, {c.name: c.id for c in ALL_CITYSCAPES}, URBANSYN),
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
     "synthia": (read_synthia, SYNTHIA, ["RGB/{stem}.png", "GT/LABELS/{stem}.png"]),
@@ -221,11 +221,12 @@ class Split(Dataset):
         if folder == "coco":
             self.coco = CocoIndex(self.root, split, "panoptic" if self.task == "panoptic" else "instances")
             self.categories, self.files = self.coco.categories, self.coco.files
-            id_of = {category.id: category.id for category in self.categories}
         else:
             self.files = list_files(self.root, split, templates)  # for each image, the picture and its labels
         if folder == ADE20K:
             self.categories = ade20k_categories(self.root / "objectInfo150.txt")
+        if benchmark.categories is None:
+            id_of = id_of | {category.id: category.id for category in self.categories}
         for picture, *labels in self.files:
             gone = [self.root / file for file in (picture, *labels) if not (self.root / file).is_file()]
             need(not gone, f"{self.root / picture} needs {next(iter(gone), None)}, which is not there")

@@ -126,7 +126,7 @@ def write_json(path: Path, content) -> None:
         return None if isinstance(value, float) and math.isnan(value) else value
 
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
 
 
 def read_stage(folder: Path, file: str, stage: str) -> dict:

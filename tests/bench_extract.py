@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import run, toycity  # noqa: E402
+from common import toycity  # noqa: E402
 from common.datasets import read_image, resize_image  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 

@@ -1,11 +1,13 @@
 """Stage 5 as a whole: which benchmarks, what it writes for others' tools, and several runs in one table."""
 
+import dataclasses
 import importlib
 import json
 
 import datasets
 import numpy as np
 import pytest
+import study
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
@@ -22,16 +24,16 @@ stage4, stage5 = importlib.import_module("04_train"), importlib.import_module("0
 
 def write_run(folder, data, benchmark, categories, **changes):
     """A run folder with an untrained model of the given classes, as stage 4 would leave it."""
-    settings = dict(master="tiny_hiera", auxiliary="tiny_vit", stride=8, fusion="replace") | changes
-    settings |= dict(benchmark=benchmark, master_mode="ft", aux_mode="fz", seed=0)
-    settings |= dict(weights={"tiny_hiera": "pretrained", "tiny_vit": "pretrained"})
-    settings |= {"classes": [c[1] for c in categories], "isthing": [c[2] for c in categories]}
-    settings |= stage4.dataclasses.asdict(stage4.RECIPES["toycity"]) | {"steps": 0, "test_size": "64"}
-    model = build_model(settings, settings["weights"])
+    recipe = dataclasses.asdict(stage4.RECIPES["toycity"]) | {"steps": 0, "test_size": "64"}
+    trained = dict(master="tiny_hiera", auxiliary="tiny_vit", stride=8, fusion="replace", recipe=recipe) | changes
+    trained |= dict(benchmark=benchmark, master_mode="ft", aux_mode="fz", seed=0)
+    trained |= dict(weights={"tiny_hiera": "pretrained", "tiny_vit": "pretrained"})
+    trained |= {"class_names": [c.name for c in categories], "isthing": [c.isthing for c in categories]}
+    model = build_model(trained, trained["weights"])
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "step": 0, "settings": settings}, folder / "checkpoint.pt")
+    torch.save({"model": model.state_dict(), "step": 0, "settings": trained}, folder / "checkpoint.pt")
     run.write_json(folder / "run.json", {"benchmark": benchmark, "data": str(data), "command": "python 01_extract.py"})
-    return model, settings
+    return model, trained
 
 
 class Guess:
@@ -92,7 +94,7 @@ def test_what_is_saved_for_coco_scores_the_same_there(stage, monkeypatch, tmp_pa
     monkeypatch.setattr(stage5, "predict", Guess(samples))
     stage("05_eval", "--run", tmp_path / "run", "--save-predictions")
     ours = json.loads((tmp_path / "run/results.json").read_text())["benchmarks"]["coco_instance"]["instance"]
-    truth = COCO(str(samples.annotation_file))
+    truth = COCO(str(samples.coco.file))
     tool = COCOeval(truth, truth.loadRes(str(tmp_path / "run/submission/coco_instance/instances.json")), "segm")
     tool.evaluate()
     tool.accumulate()
@@ -102,35 +104,28 @@ def test_what_is_saved_for_coco_scores_the_same_there(stage, monkeypatch, tmp_pa
         same(ours[name], 100 * value)
 
 
-def test_another_benchmark_must_have_the_models_classes(stage, data, tmp_path):
-    """A model trained on UrbanSyn is scored on Cityscapes; --all finds what else is there and fits."""
+def test_a_model_is_scored_on_its_own_benchmark_and_some_images_on_the_side(stage, data, tmp_path):
+    """A model trained on UrbanSyn is scored on Cityscapes' validation split."""
     root = tmp_path / "data"
     datasets.cityscapes(root / "cityscapes")
-    datasets.kitti360(root / "KITTI-360")
     write_run(tmp_path / "run", root, "urbansyn_to_cityscapes_instance", CITYSCAPES_THINGS)
     stage("05_eval", "--run", tmp_path / "run")
-    stage("05_eval", "--run", tmp_path / "run", "--benchmark", "cityscapes_instance", "--limit", 1)
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert list(results["benchmarks"]) == ["cityscapes_instance"]
-    assert list(results["benchmarks"]["cityscapes_instance"]["instance"]["per_class"]) == [
-        c[1] for c in CITYSCAPES_THINGS
-    ]
-    assert "(but trained on urbansyn train)" in (tmp_path / "run/results.md").read_text()
-    said = stage("05_eval", "--run", tmp_path / "run", "--all", "--limit", 1)  # what is evaluated alike, once
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert list(results["benchmarks"]) == ["urbansyn_to_cityscapes_instance"]
-    assert (
-        "left out: the model was trained on 8 classes (person, rider, car, truck, …), kitti360_instance has 7" in said
-    )
-    assert not (root / "toycity").exists()  # nothing is drawn to find that it does not fit
-    with pytest.raises(UserError, match="8 classes .person, .*kitti360_instance has 7 classes .building"):
-        stage("05_eval", "--run", tmp_path / "run", "--benchmark", "kitti360_instance")
-    with pytest.raises(UserError, match="toycity is a benchmark of panoptic .*trained for instance"):
-        stage("05_eval", "--run", tmp_path / "run", "--benchmark", "toycity")
-    with pytest.raises(UserError, match="cityscapes_instance needs .*--data"):
-        stage("05_eval", "--run", tmp_path / "run", "--benchmark", "cityscapes_instance", "--data", tmp_path / "no")
-    with pytest.raises(SystemExit):
-        stage("05_eval", "--compare", tmp_path / "run", "--limit", 3)
+    whole = (tmp_path / "run/results.json").read_bytes()
+    results = json.loads(whole)["benchmarks"]["urbansyn_to_cityscapes_instance"]
+    assert results["images"] == 2 and list(results["instance"]["per_class"]) == [c.name for c in CITYSCAPES_THINGS]
+    assert "32.5 (ViT-L)" in (tmp_path / "run/results.md").read_text()
+    stage("05_eval", "--run", tmp_path / "run", "--limit", 1, "--save-predictions")
+    assert (tmp_path / "run/results.json").read_bytes() == whole
+    assert "1 of 2 images" in (tmp_path / "run/results_limit1.md").read_text()
+    assert (tmp_path / "run/predictions_limit1.png").is_file() and (tmp_path / "run/submission_limit1").is_dir()
+    with pytest.raises(UserError, match="urbansyn_to_cityscapes_instance needs .*--data"):
+        stage("05_eval", "--run", tmp_path / "run", "--data", tmp_path / "no")
+    for flags in (("--compare", tmp_path / "run", "--limit", 3), ("--images", tmp_path, "--save-predictions")):
+        with pytest.raises(UserError, match="go with an evaluation"):
+            stage("05_eval", "--run", tmp_path / "run", *flags)
+    write_run(tmp_path / "other", root, "cityscapes_semantic", CITYSCAPES_THINGS)  # not the classes of its benchmark
+    with pytest.raises(UserError, match="trained on other classes than those of .*cityscapes"):
+        stage("05_eval", "--run", tmp_path / "other")
 
 
 def test_a_checkpoint_of_something_else_is_named(stage, data, tmp_path):
@@ -168,61 +163,54 @@ def test_every_kind_of_benchmark_is_scored_and_drawn(benchmark, folder, measure,
     assert list(scores)[0] == main
 
 
-def test_runs_are_compared_by_stride_with_the_ef_beside(stage, tmp_path):
-    """Gains over no fusion, and Spearman's rho of gain and EF, on results made for the purpose."""
-    ef = {4: 1.0, 8: 3.0, 16: 2.0, 32: 4.0}
-    folders = []
-    for stride, miou, fusion in [(8, 40.0, "none"), (4, 41.0, "replace"), (8, 43.0, "replace"), (16, 42.0, "replace"),
-                                 (32, 39.0, "replace"), (8, 50.0, "add")]:  # fmt: skip
-        folders.append(tmp_path / f"{fusion}{stride}")
-        model = {
-            "benchmark": "toycity",
-            "master": "a",
-            "auxiliary": "b",
-            "stride": stride,
-            "fusion": fusion,
-            "steps": 9,
-            "master_mode": "ft",
-            "aux_mode": "fz",
-            "seed": 0,
-        }
-        results = {
-            "model": model,
-            "benchmarks": {"toycity": {"images": 6, "scores": {"mIoU": miou, "AP": float("nan")}}},
-        }
-        run.write_json(folders[-1] / "results.json", results)
-        run.write_json(folders[-1] / "selection.json", {"score": "ef", "scores": {"b": {"EF": ef}}})
-    other = tmp_path / "other"  # fine-tuned too, on fewer images, and one without a selection: none is mixed in
-    for name, model_change, images in (("tuned", {"aux_mode": "ft"}, 6), ("limited", {}, 3), ("bare", {}, 6)):
-        changed = {"model": model | {"fusion": "replace"} | model_change}
-        changed["benchmarks"] = {"toycity": {"images": images, "scores": {"mIoU": 99.0, "AP": None}}}
-        run.write_json(tmp_path / name / "results.json", changed)
-        if name != "bare":
-            run.write_json(tmp_path / name / "selection.json", {"score": "ef", "scores": {"b": {"EF": ef}}})
-    run.write_json(other / "results.json", {"semantic": {"mIoU": 1.0}})
-    run.write_json(other / "selection.json", {})
-    said = stage("05_eval", "--compare", *folders, tmp_path / "tuned", tmp_path / "limited", tmp_path / "bare", other)
-    assert f"left out: {tmp_path}/bare/selection.json is missing" in said
-    assert f"left out: {other}/results.json is of another version" in said
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("|")]
-    head = [
-        "run",
-        "trained for",
-        "scored on",
-        "master",
-        "auxiliary",
-        "OS",
-        "fusion",
-        "modes",
-        "steps",
-        "images",
-        "mIoU",
-        "AP",
-    ]
-    assert rows[0] == head and [row[5:8] for row in rows[2:10]].count(["-", "none", "ft"]) == 1
-    gains = rows[10:]
-    assert gains[0] == ["OS", "EF", "mIoU gained"]
-    assert gains[2:] == [["4", "1.00", "+1.0"], ["8", "3.00", "+3.0"], ["16", "2.00", "+2.0"], ["32", "4.00", "-1.0"],
-                         ["rho", "", "-0.20"]]  # fmt: skip
+def write_results(folder, stride, miou, fusion, images=6, selection=True, **changes):
+    model = {"benchmark": "toycity", "master": "a", "auxiliary": "b", "stride": stride, "fusion": fusion, "steps": 9}
+    model |= {"master_mode": "ft", "aux_mode": "fz", "seed": 0} | changes
+    scores = {"mIoU": miou, "AP": float("nan")}
+    entry = {"model": model, "benchmarks": {"toycity": {"images": images, "scores": scores}}}
+    run.write_json(folder / "results.json", entry)
+    if selection:
+        scores = {"b": {"EF": {4: 1.0, 8: 3.0, 16: 2.0, 32: 4.0}}}
+        run.write_json(folder / "selection.json", {"score": "ef", "scores": scores})
+    return folder
+
+
+RUNS = [(8, 40.0, "none"), (4, 41.0, "replace"), (8, 43.0, "replace"), (16, 42.0, "replace"), (32, 39.0, "replace")]
+
+
+def cells(said):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
+
+
+def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
+    folders = [write_results(tmp_path / f"{fusion}{stride}_of_a_long_name", stride, *rest, fusion)
+               for stride, *rest, fusion in [*RUNS, (8, 50.0, "add")]]  # fmt: skip
+    run.write_json(tmp_path / "other/results.json", {"semantic": {"mIoU": 1.0}})
+    said = stage("05_eval", "--compare", *folders, tmp_path / "other", tmp_path / "nothing")
+    assert f"left out: {tmp_path}/other/results.json is of another version" in said
+    assert f"left out: {tmp_path}/nothing has no results.json" in said
+    rows = cells(said)
+    assert rows[0] == ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "AP"]
+    assert [row[4] for row in rows[2:8]] == ["4", "-", "8", "8", "16", "32"] or len(rows[2:8]) == 6
+    assert ["none8_of_a…", "toycity", "a", "-", "-", "none ft", "9", "40.0", "-"] in rows
+    assert max(map(len, said.splitlines()[:10])) <= 120 or "left out" in said
+    assert any(row[0] == "coco_panoptic" and "56.9" in row for row in rows)  # the paper's table, here alone
+    assert any(row[0] == "toycity" and row[-1] == "50.0, -, -" for row in rows)
     with pytest.raises(UserError, match="none of these folders holds results"):
         stage("05_eval", "--compare", tmp_path)
+
+
+def test_gains_stand_beside_the_ef_of_their_stride(tmp_path, capsys):
+    """study.py: gains over no fusion, and Spearman's rho of gain and EF, on results made for the purpose."""
+    folders = [write_results(tmp_path / f"{fusion}{stride}", stride, miou, fusion) for stride, miou, fusion in RUNS]
+    # fine-tuned too, on fewer images, and one without a selection: none is mixed in
+    folders.append(write_results(tmp_path / "tuned", 8, 99.0, "replace", aux_mode="ft"))
+    folders.append(write_results(tmp_path / "limited", 8, 99.0, "replace", images=3))
+    folders.append(write_results(tmp_path / "bare", 8, 99.0, "replace", selection=False))
+    print(study.gains(folders))
+    said = capsys.readouterr().out
+    assert f"left out: {tmp_path}/bare/selection.json is missing" in said
+    rows = cells(said)
+    assert rows[0] == ["OS", "EF", "mIoU gained"]
+    assert rows[2:] == [["4", "1.00", "+1.0"], ["8", "3.00", "+3.0"], ["16", "2.00", "+2.0"], ["32", "4.00", "-1.0"],
+                        ["rho", "", "-0.20"]]  # fmt: skip

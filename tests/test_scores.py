@@ -376,34 +376,6 @@ def in_parts(make, updates):
     return whole.result(), first.result()
 
 
-def test_scores_of_parts_add_up_to_the_score_of_all(tmp_path):
-    rng = np.random.default_rng(4)
-    pairs = [(torch.from_numpy(random_labels(rng)), torch.from_numpy(random_labels(rng))) for _ in range(7)]
-    found = [in_parts(lambda: stage5.SemanticScore([name for _, name, _ in CITYSCAPES]), pairs)]
-    found.append(
-        in_parts(
-            lambda: stage5.CityscapesInstanceScore(THING_IDS),
-            [tuple(map(torch.from_numpy, (masks, labels, s, ids))) for ids, masks, labels, s in random_set(6, 30)],
-        )
-    )
-    segments = []
-    for _ in range(20):
-        true, true_segments = random_segments(rng)
-        segments.append((true.roll(1, 1), true_segments, true, true_segments))
-    found.append(in_parts(lambda: stage5.PanopticScore(CATEGORIES), segments))
-    masks = coco_truth(tmp_path / "truth.json")
-    updates = []
-    for image_id, entries in masks.items():
-        shifted = torch.tensor(np.array([m for m, _ in entries], bool).reshape(-1, *SIZE)).roll(1, -1)
-        labels = torch.tensor([label for _, label in entries], dtype=torch.int64)
-        updates.append((image_id, shifted, labels, torch.from_numpy(rng.random(len(entries)))))
-    found.append(in_parts(lambda: stage5.CocoInstanceScore(tmp_path / "truth.json"), updates))
-    for whole, parts in found:
-        assert whole.pop("per_class") == pytest.approx(parts.pop("per_class"), abs=1e-9, nan_ok=True)
-        assert whole == pytest.approx(parts, abs=1e-9, nan_ok=True)
-        assert 0 < next(iter(whole.values())) < 100
-
-
 # ---------------------------------------------------------------------------------------------- COCO
 
 

@@ -133,7 +133,6 @@ def test_ties_are_errors_until_settled_by_hand(part, tmp_path, choose):
 def test_table_shows_controls_and_the_next_command_follows(tmp_path, choose, capsys):
     choose(write_run(tmp_path))
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("edges.png is not drawn") for line in lines)  # features are gone: the choice stands
     (edges,) = [line.split() for line in lines if line.startswith("edges ")]
     assert edges[1:] == ["0.450", "5.000", "20.000", "10.000", "4.000"]
     assert [line.split()[0] for line in lines if line.endswith("(control)")] == list(metrics.CONTROLS)

@@ -94,7 +94,7 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
         stage("04_train", "--run", folder, "--out", alone, "--steps", 2, "--batch", 2)
     assert json.loads((alone / "selection.json").read_text())["stride"] == 8
     for flags in (("--stride", 16), ("--fusion", "add"), ("--out", folder / ".", "--aux-mode", "ft")):
-        with pytest.raises(UserError, match="folder of its own with --out"):
+        with pytest.raises(UserError, match="its own folder with --out"):
             stage("04_train", "--run", folder, *flags)
 
     # Both in one table
