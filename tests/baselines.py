@@ -18,7 +18,6 @@ from scipy import ndimage
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import run  # noqa: E402
 from common.datasets import open_split  # noqa: E402
 from common.model import build_model  # noqa: E402
 
@@ -78,9 +77,9 @@ def per_pixel(train, val, seed: int = 0) -> dict:
 
 def untrained(settings: dict, val) -> dict:
     """The model of a run as it was before its first step: pretrained encoders, random decoder."""
-    run.seed_everything(settings["seed"])
+    torch.manual_seed(settings["seed"])
     model = build_model(settings, settings["weights"])
-    return stage5.evaluate(model, val, settings["test_size"], "cpu", workers=2)
+    return stage5.evaluate(model, val, settings["recipe"]["test_size"], stage5.Settings(), range(len(val)))
 
 
 def main():

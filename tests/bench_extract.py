@@ -58,6 +58,8 @@ def main():
         images = [images[i % len(images)] for i in range(args.images)]
         bare(encoder, images[:2], args.device)
         pictures, n, write = stage1.Pictures(root, names, "512x1024"), args.images, stage1.write
+        settings = stage1.Settings(device=args.device, workers=args.workers)
+        scratch.mkdir()
         took = {"bare encoder": [], "stage 1 without writing": [], "stage 1": []}
         writing = []
 
@@ -71,7 +73,7 @@ def main():
             took["bare encoder"].append(bare(encoder, images, args.device))
             for kind, stage1.write in writers:
                 began = time.perf_counter()
-                stage1.extract(encoder, pictures, scratch, args.device, args.workers)
+                stage1.extract([encoder], {args.encoder: set(names)}, pictures, scratch, settings)
                 took[kind].append(time.perf_counter() - began)
             writers.reverse()
         least = {kind: min(seconds) for kind, seconds in took.items()}

@@ -11,8 +11,10 @@ two steps in a process of its own.
 """
 
 import argparse
+import dataclasses
 import importlib
 import multiprocessing
+import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +24,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import run  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 from common.model import FusedModel, FusedPyramid  # noqa: E402
 
@@ -34,15 +35,16 @@ class Trainee:
     """One variant with its optimiser, and a batch of random pictures with twelve segments each, side by side."""
 
     def __init__(self, variant: str, args):
-        run.seed_everything(0)
+        torch.manual_seed(0)
         self.device, self.quick = args.device, args.device == "cuda" and variant != "naive"
         master = load_encoder("dinov3_b", "none")
         auxiliary = None if variant == "master alone" else load_encoder("sam2_b", "none")
         if variant == "naive":
             auxiliary.cut = lambda stride: None
-        pyramid = FusedPyramid(master, auxiliary, 16, train_auxiliary=variant == "naive")
-        self.model = FusedModel(pyramid, 19).to(self.device).train()
-        self.optimiser = stage4.make_optimiser(self.model, stage4.STREETS)
+        pyramid = FusedPyramid(master, auxiliary, 16, modes=("ft", "ft" if variant == "naive" else "fz"))
+        recipe = stage4.Recipe()
+        self.model = FusedModel(pyramid, 19, dataclasses.asdict(recipe)).to(self.device).train()
+        self.optimiser = stage4.make_optimiser(self.model, recipe)
         for group in self.optimiser.param_groups:
             group["lr"] = group["rate"]
         height, width = map(int, args.size.split("x"))
@@ -73,7 +75,9 @@ def memory_of(variant: str, args) -> float:
     trainee = Trainee(variant, args)
     trainee.step()
     trainee.step()
-    return stage4.peak_memory(args.device)
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # on Linux, kilobytes
 
 
 def main():

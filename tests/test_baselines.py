@@ -19,7 +19,7 @@ def test_a_short_training_beats_both_baselines_on_every_score(stage, data, tmp_p
     train, val = open_split("toycity", data, "train"), open_split("toycity", data, "val")
     model, settings = stage5.load_trained(folder)
     results = {
-        "trained": stage5.evaluate(model, val, settings["test_size"], "cpu", workers=2),
+        "trained": stage5.evaluate(model, val, settings["recipe"]["test_size"], stage5.Settings(), range(len(val))),
         "untrained": baselines.untrained(settings, val),
         "per pixel": baselines.per_pixel(train, val),
     }
