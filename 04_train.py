@@ -288,6 +288,17 @@ def resume(model: nn.Module, optimiser: torch.optim.AdamW, checkpoint: dict) -> 
     return step
 
 
+def begin(model: nn.Module, recipe: Recipe, checkpoint: dict | None):
+    """What the forward pass goes through, so that processes average their gradients; the optimiser; the first step."""
+    optimiser = make_optimiser(model, recipe)
+    first = resume(model, optimiser, checkpoint) if checkpoint else 0
+    if WORLD == 1:
+        return model, optimiser, first
+    dist.all_reduce(total := torch.tensor(first, device=next(model.parameters()).device))
+    need(total == first * WORLD, "not all processes read the same checkpoint: can all of them see the run folder?")
+    return DistributedDataParallel(model, gradient_as_bucket_view=True), optimiser, first
+
+
 @contextlib.contextmanager
 def collect_signals():
     """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
@@ -315,12 +326,7 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
     recipe, device, accumulate = training.recipe, settings.device, settings.accumulate
     layout = torch.channels_last if device == "cuda" else torch.preserve_format
     model.to(device, memory_format=layout).train()
-    optimiser = make_optimiser(model, recipe)
-    first = resume(model, optimiser, checkpoint) if checkpoint else 0
-    if WORLD > 1:
-        dist.all_reduce(alike := torch.tensor(first, device=device))
-        need(alike == first * WORLD, f"not all processes read the same checkpoint: can all of them see {folder}?")
-    learner = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    learner, optimiser, first = begin(model, recipe, checkpoint)
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
     with collect_signals() as signals, open_log(folder, first) as log:
@@ -335,9 +341,7 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
                 asked = time.perf_counter()
                 images, masks, labels, names = next(micro_batches)
                 waiting, pictures = waiting + time.perf_counter() - asked, pictures + names
-                stopped = (
-                    f"training stopped in step {step + 1}, the last checkpoint stays; images {', '.join(pictures)}"
-                )
+                stopped = f"training stopped in step {step + 1}, images {', '.join(pictures)}"
                 # The loss samples points, and no two micro-batches of a training draw them alike.
                 part = RANK * accumulate + micro_batch
                 torch.manual_seed(training.seed * 1_000_003 + step + (part << 40))
@@ -366,8 +370,7 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
             seconds = time.perf_counter() - began
             print(step + 1, sum(terms), *terms, group["lr"], seconds, waiting, sep=",", file=log)
             slow = step > first + 20 and waiting > 0.1 * seconds  # the first steps wait for the workers to start
-            hint = f", {waiting / seconds:.0%} waiting for data: raise --workers" if slow else ""
-            bar.set_postfix_str(f"loss {sum(terms):.2f}{hint}", refresh=False)
+            bar.set_postfix_str(f"loss {sum(terms):.2f}" + ", waiting for data: raise --workers" * slow, refresh=False)
             # ------------------------------------------------------------------ save
             last = step + 1 == recipe.steps
             if (step + 1) % recipe.save_every == 0 or last or stop:

@@ -430,9 +430,8 @@ def main():
         temporary.write_text(text)
     rows = [drawing(model, trained, samples[i], settings.device) for i in indices[:: max(1, count // 3)][:3]]
     figures.draw_predictions(folder / f"predictions{part}.png", rows, trained["class_names"])
-    print(f"\n{text}\nwrote results{part}.json, results{part}.md, predictions{part}.png in {folder}")
-    if submission:
-        print(f"wrote {submission}/")
+    saved = f", submission{part}/" if submission else ""
+    print(f"\n{text}\nwrote results{part}.json, results{part}.md, predictions{part}.png{saved} in {folder}")
     flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
     alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
     print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")
