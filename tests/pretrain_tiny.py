@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run, toycity  # noqa: E402
-from common.datasets import TOYCITY, cityscapes  # noqa: E402
+from common.datasets import BENCHMARKS, Split  # noqa: E402
 from common.encoders import load_encoder  # noqa: E402
 from common.model import build_model  # noqa: E402
 
@@ -52,9 +52,9 @@ def main():
     args = parser.parse_args()
     folder = args.folder or Path("runs") / f"pretrain_{args.encoder}"
 
-    toycity.write(args.data / "toycity_pretrain", {"pretrain": args.scenes})
-    samples = cityscapes(args.data / "toycity_pretrain", "pretrain", TOYCITY, "panoptic")
-    class_names = [entry[1] for entry in TOYCITY]
+    toycity.write(args.data / "pretrain/toycity", {"pretrain": args.scenes})
+    samples = Split(BENCHMARKS["toycity"], args.data / "pretrain", "toycity pretrain")
+    class_names = [category.name for category in samples.categories]
     if args.encoder == "tiny_hiera":
         samples, class_names = WithoutClasses(samples), ["segment"]
     changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "resize": (192, 384)}
