@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-CORES = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+CORES = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's processes share the machine
 RESAMPLES = 1000  # bootstrap
 
 
