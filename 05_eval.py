@@ -305,7 +305,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def report(folder: Path, samples: Split, trained: dict, entry: dict) -> str:
+def report(samples: Split, trained: dict, entry: dict) -> str:
     """What the model is, how it does, beside the paper's number, and class by class."""
     fusion = f"{trained['auxiliary']} at stride {trained['stride']}, fusion {trained['fusion']}"
     fusion = "alone" if trained["fusion"] == "none" else fusion
@@ -346,14 +346,13 @@ def compare(folders: tuple[Path, ...]) -> str:
         numbers = ["-" if scores.get(name) is None else f"{scores[name]:.1f}" for name in names]
         what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in (name, benchmark, model["master"], *pair)]
         rows.append([*what, modes, str(model["steps"]), *numbers])
-    paper = [["benchmark", "trains on", "evaluates on", "score", "paper", "here, best"]]
+    paper = [["benchmark", "score", "paper", "here, best"]]
     for name, benchmark in BENCHMARKS.items():
         best = []
         for measure in benchmark.measures:
             ours = [scores[measure] for _, ran, _, scores in runs if ran == name and scores.get(measure) is not None]
             best.append(f"{max(ours):.1f}" if ours else "-")
-        where = [name, benchmark.trains_on, benchmark.evaluates_on, ", ".join(benchmark.measures), benchmark.paper]
-        paper.append([*where, ", ".join(best)])
+        paper.append([name, ", ".join(benchmark.measures), benchmark.paper, ", ".join(best)])
     return f"{markdown(rows)}\n{markdown(paper)}"
 
 
@@ -425,7 +424,7 @@ def main():
     keys = ("benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights")
     what = {key: trained[key] for key in keys} | {"steps": trained["recipe"]["steps"]}
     run.write_json(folder / f"results{part}.json", {"model": what, "benchmarks": {benchmark: entry}})
-    text = report(folder, samples, trained, entry)
+    text = report(samples, trained, entry)
     with run.whole_file(folder / f"results{part}.md") as temporary:
         temporary.write_text(text)
     rows = [drawing(model, trained, samples[i], settings.device) for i in indices[:: max(1, count // 3)][:3]]
