@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import sys
-import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,12 +19,11 @@ import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from sam2.modeling.backbones import hieradet
+from sam2.modeling.backbones.hieradet import Hiera
 from torch import nn
 
-from common.run import UserError, need
+from common.run import UserError
 
 STRIDES = (4, 8, 16, 32)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,21 +45,11 @@ def _timm(model: str, channels: dict[int, int], **arguments) -> EncoderSpec:
     return EncoderSpec(model, channels, hub, arguments, published.mean, published.std)
 
 
-def _sam2(size: str, config: str) -> EncoderSpec:
-    """The constructor's arguments stand in sam2's own configuration."""
-    folder = Path(hieradet.__file__).parents[2] / "configs" / "sam2.1"
-    trunk = OmegaConf.load(folder / f"sam2.1_hiera_{config}.yaml").model.image_encoder.trunk
-    arguments = {name: value for name, value in OmegaConf.to_object(trunk).items() if name != "_target_"}
-    channels = {stride: arguments["embed_dim"] * stride // 4 for stride in STRIDES}
+def _sam2(size: str, width: int, **arguments) -> EncoderSpec:
+    channels = {4: width, 8: 2 * width, 16: 4 * width, 32: 8 * width}
     hub = (f"facebook/sam2.1-hiera-{size}", f"sam2.1_hiera_{size.replace('-', '_')}.pt")
-    return EncoderSpec("hiera", channels, hub, arguments)
+    return EncoderSpec("hiera", channels, hub, {"embed_dim": width, **arguments})
 
-
-# Trained by tests/pretrain_tiny.py, so that the embedded benchmark runs offline and in minutes.
-# Layer scale, 1e-5 in DINOv3, is left out: it is for deep networks and long schedules.
-TINY_VIT = {"embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None}
-TINY_HIERA = {"embed_dim": 24, "stages": (1, 2, 3, 1), "global_att_blocks": (5,)}
-TINY_HIERA["window_pos_embed_bkg_spatial_size"] = (7, 7)
 
 ENCODERS = {
     "dinov3_s": _timm("vit_small_patch16_dinov3.lvd1689m", {16: 384}),
@@ -73,14 +61,41 @@ ENCODERS = {
     # OpenAI trained CLIP with the quick GELU; timm's model without it in its name would compute another function.
     "clip_b": _timm("vit_base_patch16_clip_quickgelu_224.openai", {16: 768}, dynamic_img_size=True),
     "sam_b": _timm("samvit_base_patch16.sa1b", {16: 256}),
-    "sam2_t": _sam2("tiny", "t"),
-    "sam2_b": _sam2("base-plus", "b+"),
-    "sam2_l": _sam2("large", "l"),
+    "sam2_t": _sam2(
+        "tiny", 96, stages=(1, 2, 7, 2), global_att_blocks=(5, 7, 9), window_pos_embed_bkg_spatial_size=(7, 7)
+    ),
+    "sam2_b": _sam2("base-plus", 112, num_heads=2),
+    "sam2_l": _sam2(
+        "large",
+        144,
+        num_heads=2,
+        stages=(2, 6, 36, 4),
+        global_att_blocks=(23, 33, 43),
+        window_pos_embed_bkg_spatial_size=(7, 7),
+        window_spec=(8, 4, 16, 8),
+    ),
     "swin_b": _timm(
         "swin_base_patch4_window12_384.ms_in22k", {4: 128, 8: 256, 16: 512, 32: 1024}, strict_img_size=False
     ),
-    "tiny_vit": EncoderSpec("vit_small_patch16_dinov3", {16: 128}, None, TINY_VIT),
-    "tiny_hiera": EncoderSpec("hiera", {4: 24, 8: 48, 16: 96, 32: 192}, None, TINY_HIERA),
+    # Trained by tests/pretrain_tiny.py, so that the embedded benchmark runs offline and in minutes.
+    "tiny_vit": EncoderSpec(
+        "vit_small_patch16_dinov3",
+        {16: 128},
+        None,
+        # Layer scale, 1e-5 in DINOv3, is left out: it is for deep networks and long schedules.
+        {"embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None},
+    ),
+    "tiny_hiera": EncoderSpec(
+        "hiera",
+        {4: 24, 8: 48, 16: 96, 32: 192},
+        None,
+        {
+            "embed_dim": 24,
+            "stages": (1, 2, 3, 1),
+            "global_att_blocks": (5,),
+            "window_pos_embed_bkg_spatial_size": (7, 7),
+        },
+    ),
 }
 
 
@@ -88,14 +103,16 @@ def find_encoder(name: str) -> EncoderSpec:
     """The table's row, or one made for "timm:NAME". Raises UserError for a name that is neither."""
     if name.startswith("timm:"):
         return _any_timm(name.removeprefix("timm:"))
-    need(name in ENCODERS, f"unknown encoder {name!r}; known are {', '.join(ENCODERS)}, and timm:NAME of timm")
+    if name not in ENCODERS:
+        raise UserError(f"unknown encoder {name!r}; known are {', '.join(ENCODERS)}, and timm:NAME for timm's models")
     return ENCODERS[name]
 
 
 @functools.cache
 def _any_timm(model: str) -> EncoderSpec:
     """Try the model without memory or arithmetic: what maps does it give for a picture of an odd size?"""
-    need(timm.is_model(model), f"timm has no model {model!r}: timm.list_models() lists them")
+    if not timm.is_model(model):
+        raise UserError(f"timm has no model {model!r}: python -c 'import timm; print(timm.list_models())' lists them")
     try:
         spec = _timm(model, {})
     except Exception as error:  # a tag that does not exist
@@ -120,20 +137,23 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, spec: EncoderSpec):
         super().__init__()
-        self.name, self.channels, self.scale = name, spec.channels, 1
+        self.name, self.channels, self.scale = name, dict(spec.channels), 1
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         if spec.model == "hiera":
-            self.model, strides = hieradet.Hiera(**spec.arguments), STRIDES
-        else:
-            self.model = timm.create_model(spec.model, num_classes=0, **spec.arguments)
-            strides = [stage["reduction"] for stage in self.model.feature_info]
+            self.model, self.strides = Hiera(**spec.arguments), list(STRIDES)
+            return
+        self.model = timm.create_model(spec.model, num_classes=0, **spec.arguments)
+        strides = [stage["reduction"] for stage in self.model.feature_info]
         self.is_vit = len(set(strides)) == 1
-        if self.is_vit and strides[0] not in STRIDES:
-            self.scale, strides = strides[0] / 16, [16] * len(strides)
-        # {native stride: stage}; where several have one stride, as a ViT's layers, the last
-        self.stages = {stride: stage for stage, stride in enumerate(strides) if stride in STRIDES}
-        self.cut(STRIDES[-1])
+        if self.is_vit:
+            patch, self.taken = strides[0], 1  # the last layer
+            self.strides = [patch if patch in STRIDES else 16]
+            self.scale = patch / self.strides[0]
+        else:
+            self.taken = [i for i, s in enumerate(strides) if s in STRIDES]
+            self.strides = [strides[i] for i in self.taken]
+        self.model.prune_intermediate_layers(self.taken, prune_norm=not self.is_vit, prune_head=True)
 
     def forward(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
         height, width = images.shape[-2:]
@@ -143,23 +163,26 @@ class Encoder(nn.Module):
             size = round(height * self.scale), round(width * self.scale)
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
         images = (images - self.mean) / self.std
-        if isinstance(self.model, hieradet.Hiera):
+        if isinstance(self.model, Hiera):
             maps = self.model(images)
         else:
-            stages = list(self.stages.values())
-            maps = self.model.forward_intermediates(images, stages, norm=self.is_vit, intermediates_only=True)
-        return dict(zip(self.stages, maps, strict=True))
+            maps = self.model.forward_intermediates(
+                images, indices=self.taken, norm=self.is_vit, intermediates_only=True
+            )
+        return dict(zip(self.strides, maps, strict=True))
 
     def cut(self, stride: int) -> None:
-        """Drop what no map up to `stride`, a native one, needs: the head, later stages."""
-        self.stages = {s: stage for s, stage in self.stages.items() if s <= stride}
-        self.channels = {s: channels for s, channels in self.channels.items() if s <= stride}
-        stages = list(self.stages.values())
-        if isinstance(self.model, hieradet.Hiera):
-            self.model.stage_ends = self.model.stage_ends[: len(stages)]
+        """Drop the stages that no map up to `stride` needs. A ViT has one map and keeps all its blocks."""
+        if len(self.strides) == 1:
+            return
+        self.strides = [s for s in self.strides if s <= stride]
+        self.channels = {s: self.channels[s] for s in self.strides}
+        if isinstance(self.model, Hiera):
+            self.model.stage_ends = self.model.stage_ends[: len(self.strides)]
             self.model.blocks = self.model.blocks[: self.model.stage_ends[-1] + 1]
         else:
-            self.model.prune_intermediate_layers(stages, prune_norm=not self.is_vit, prune_head=True)
+            self.taken = self.taken[: len(self.strides)]
+            self.model.prune_intermediate_layers(self.taken, prune_norm=True, prune_head=True)
 
 
 def pyramid(native: dict[int, torch.Tensor], size: tuple[int, int], mode: str = "nearest") -> dict[int, torch.Tensor]:
@@ -204,7 +227,8 @@ def weights_file(name: str, weights: str) -> Path:
     The hub is probed once, so that offline fails fast. Raises UserError if there is no such file.
     """
     if weights != "pretrained":
-        need(Path(weights).is_file(), f"weights of {name}: there is no file {weights}")
+        if not Path(weights).is_file():
+            raise UserError(f"weights of {name}: there is no file {weights}")
         return Path(weights)
     hub = find_encoder(name).hub
     if hub is None:
@@ -216,9 +240,11 @@ def weights_file(name: str, weights: str) -> Path:
         huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(*hub), timeout=3)
         return Path(huggingface_hub.hf_hub_download(*hub))
     except Exception as error:  # offline, no access, disk full: all end in the same advice
-        failed = f"{'/'.join(hub)}, the weights of {name}, cannot be downloaded ({type(error).__name__})"
-        advice = f"give 01_extract.py a file with --weights {name}=FILE, or --weights none for random weights"
-        raise UserError(f"{failed}: {advice}") from None
+        raise UserError(
+            f"the weights of {name} ({'/'.join(hub)}) are not in the local cache and could not be downloaded "
+            f"({type(error).__name__}): give 01_extract.py a file with --weights {name}=FILE, or --weights none for "
+            "random weights"
+        ) from None
 
 
 def weights_origin(name: str, weights: str) -> str:
@@ -237,21 +263,25 @@ def weights_origin(name: str, weights: str) -> str:
 def _fill(encoder: Encoder, path: Path) -> None:
     """Load a checkpoint file strictly: every tensor of the encoder must be in it and fit, surplus is ignored."""
     try:
-        state = dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True))
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception:  # a damaged file, or a pickle that holds more: torch would advise to run whatever code it holds
         raise UserError(f"weights of {encoder.name}: {path} cannot be read as tensors") from None
-    refused = f"{path} does not hold the weights of {encoder.name}"
+    found = _library_names(encoder, state, path)
     wanted = encoder.model.state_dict()
-    found = {key: value for key, value in _library_names(encoder, state, path).items() if key in wanted}
-    for key, value in found.items():
-        same_kind = value.is_floating_point() == wanted[key].is_floating_point()
-        need(same_kind, f"{refused}: {key} holds {value.dtype}")
-        need(value.isfinite().all(), f"{refused}: {key} is not finite")
-    try:
-        encoder.model.load_state_dict(found)
-    except RuntimeError as error:  # names each tensor that is missing or of another shape, a line each
-        hint = " (a run keeps only the stages that its pyramid needs)" if "settings" in state else ""
-        raise UserError(f"{refused}{hint}: {textwrap.shorten(str(error), 300)}") from None
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    for key in wanted:
+        if key in found and found[key].shape != wanted[key].shape:
+            problems.append(f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}")
+        elif key in found and found[key].is_floating_point() != wanted[key].is_floating_point():
+            problems.append(f"{key} holds {found[key].dtype}")
+        elif key in found and not found[key].isfinite().all():
+            problems.append(f"{key} is not finite")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        if "settings" in state:
+            more += " (a run keeps only the stages that its pyramid needs)"
+        raise UserError(f"{path} does not hold the weights of {encoder.name}: {'; '.join(problems[:3])}{more}")
+    encoder.model.load_state_dict({key: found[key].to(wanted[key].dtype) for key in wanted})
 
 
 def _library_names(encoder: Encoder, state: dict, path: Path) -> dict[str, torch.Tensor]:
@@ -263,26 +293,30 @@ def _library_names(encoder: Encoder, state: dict, path: Path) -> dict[str, torch
     if "settings" in state:  # a run's checkpoint.pt: the encoder as fine-tuned there
         used = ("master",) if state["settings"]["fusion"] == "none" else ("master", "auxiliary")
         roles = {state["settings"][role]: role for role in used}
-        held = " and ".join(roles)
-        need(encoder.name in roles, f"{path} does not hold {encoder.name}: it is a run's, of {held}")
+        if encoder.name not in roles:
+            raise UserError(f"{path} does not hold {encoder.name}: it is a run's, of {' and '.join(roles)}")
         prefix = f"pyramid.{roles[encoder.name]}.model."
-    state = {key: value for key, value in state.get("model", state).items() if isinstance(value, torch.Tensor)}
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = state.get("model", state)
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if any(key.startswith(prefix) for key in state):
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     convert = getattr(sys.modules[type(encoder.model).__module__], "checkpoint_filter_fn", None)  # timm's own
-    if own or convert is None:
-        return own or state
-    refused = f"{path} does not hold the weights of {encoder.name}"
-    biases = [key for key in state if key.endswith("qkv.bias") and state[key].any()]
-    placed = any(key.endswith("qkv.bias") for key in encoder.model.state_dict())
-    need(placed or not biases, f"{refused}: its qkv biases are not zero, and the model has none")
+    if convert is None:
+        return state
     given = {value.untyped_storage().data_ptr() for value in state.values()}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each zero bias that it skips
             found = convert(dict(state), encoder.model)
     except Exception:  # it trips over tensors of other shapes, which are named better as they are
         return state
+    wanted = encoder.model.state_dict()
+    biased = any(value.any() for key, value in state.items() if key.endswith("qkv.bias"))
+    if biased and all(key in found for key in wanted) and not any(key.endswith("qkv.bias") for key in wanted):
+        raise UserError(
+            f"{path} does not fit {encoder.name}: its qkv biases are not zero, as the LVD-1689M weights' are"
+        )
     for key, value in found.items():  # it would resample these to fit
         resizable = key.endswith(("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table"))
-        resampled = resizable and value.untyped_storage().data_ptr() not in given
-        need(not resampled, f"{refused}: {key} is of another size")
+        if resizable and value.untyped_storage().data_ptr() not in given:
+            raise UserError(f"{path} does not hold the weights of {encoder.name}: {key} is of another size")
     return found
