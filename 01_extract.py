@@ -38,7 +38,7 @@ from common.run import CORES, DEVICES, UserError, flag, need, positive
 @dataclass
 class Settings:
     run: Path | None = flag(None, "run folder (default: runs/ and the name of the benchmark or folder)")
-    benchmark: str = flag("toycity", "whose training pictures to take")
+    benchmark: str | None = flag(None, "whose training pictures to take (default: toycity)")
     images: Path | None = flag(None, "take the pictures of a folder instead", metavar="FOLDER")
     data: Path = flag(Path("data"), "folder of the data sets")
     encoders: tuple[str, ...] = flag(
@@ -79,7 +79,7 @@ def choose_pictures(settings: Settings) -> tuple[Path, list[str]]:
     else:
         samples = open_split(settings.benchmark, settings.data, "train")
         root, names = samples.root, samples.names
-    few = 24 if settings.benchmark == "toycity" and not settings.images else 200
+    few = 24 if settings.benchmark == "toycity" else 200
     count = min(len(names), settings.limit or few)
     return root, [names[i * len(names) // count] for i in range(count)]
 
@@ -227,24 +227,27 @@ def report(folder: Path, found: dict, names: list[str]) -> None:
 def main():
     settings = run.parse(__doc__, Settings)
     weights = choose_weights(settings.encoders, settings.weights)
-    benchmark = None if settings.images else settings.benchmark
+    need(not (settings.images and settings.benchmark), "--images and --benchmark are two sources of pictures: give one")
+    if not settings.images:
+        settings.benchmark = settings.benchmark or "toycity"
+    benchmark = settings.benchmark  # None: a folder of pictures
     size = settings.size or ("512" if settings.images else find_benchmark(benchmark).size)
     working_size(512, 512, size)  # refuses a --size that means nothing
     root, names = choose_pictures(settings)
     folder = settings.run or Path("runs") / (benchmark or root.resolve().name)
 
-    encoders = []
+    todo, encoders = {name: lacking(folder, name, names) for name in settings.encoders}, []
     for name in settings.encoders:
-        torch.manual_seed(settings.seed)  # random weights are the same in every run
         if weights[name] == "none":
             print(f"WARNING: {name} has random weights; its maps say nothing about the trained model")
-        encoders.append(load_encoder(name, weights[name], settings.device))
+        if todo[name]:  # a file that does not fit is refused before anything is written
+            torch.manual_seed(settings.seed)  # random weights are the same in every run
+            encoders.append(load_encoder(name, weights[name], settings.device))
     asked = {"benchmark": benchmark, "data": str(settings.data), "root": str(root), "images": names, "size": size}
     asked |= {"encoders": list(settings.encoders), "weights": weights, "seed": settings.seed}
     asked["weights_from"] = {name: weights_origin(name, weights[name]) for name in settings.encoders}
     found = open_run(folder, asked)
 
-    todo = {encoder.name: lacking(folder, encoder.name, names) for encoder in encoders}
     pictures = Pictures(root, [name for name in names if any(name in of_one for of_one in todo.values())], size)
     print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(pictures)} are still to be extracted")
     left_out = extract(encoders, todo, pictures, folder, settings)

@@ -308,7 +308,7 @@ def print_profiles(metrics):
         for score in ("SC", "EF", "EF_RELEASED", "EF_CC", "EF_SHARE"):
             means = [profile[str(stride)][score]["mean"] for stride in STRIDES]
             digits = 3 if score in ("SC", "EF_SHARE") else 1
-            cells = "".join(f"{mean:>9.{digits}f}" for mean in means)
+            cells = "".join(f"{'-' if math.isnan(mean) else f'{mean:.{digits}f}':>9}" for mean in means)
             print(f"{source if score == 'SC' else '':{wide}}{score:14}{cells}")
     print(f"means over {metrics['images']} images; {', '.join(CONTROLS)} are controls, no encoder")
     for encoder in metrics["random_weights"]:
@@ -400,7 +400,7 @@ def silhouette(points, labels, k):
 # ------------------------------------------------------------------------------------------------------ the stage
 
 
-def open_run(folder):
+def finished_run(folder):
     """run.json of a finished extraction, and the images that can be used."""
     found = run.read_stage(folder, "run.json", "01_extract.py")
     again = run.command("01_extract.py", folder)
@@ -465,7 +465,7 @@ def edges_at_peaks(settings, found, names, values):
 def main():
     settings = run.parse(__doc__, Settings)
     folder = settings.run
-    found, names = open_run(folder)
+    found, names = finished_run(folder)
     settings.seed = found["seed"] if settings.seed is None else settings.seed
     sources = [*found["encoders"], *CONTROLS]
 

@@ -394,10 +394,18 @@ def draw_folder(model: FusedModel, trained: dict, settings: Settings) -> None:
     print(f"wrote {folder}/")
 
 
+def next_command(folder: Path, trained: dict) -> str:
+    if trained["fusion"] == "none":
+        return "python 05_eval.py --compare runs/*"
+    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
+    return f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
+
+
 def main():
     settings = run.parse(__doc__, Settings)
-    alone = not (settings.images or settings.compare) or not (settings.limit or settings.save_predictions)
-    need(alone, "--limit and --save-predictions go with an evaluation, not with --images or --compare")
+    need(not (settings.images and settings.compare), "--images and --compare are two things to do: give one")
+    other = (settings.images or settings.compare) and (settings.limit or settings.save_predictions)
+    need(not other, "--limit and --save-predictions go with an evaluation, not with --images or --compare")
     if settings.compare:
         print(compare(settings.compare))
         return
@@ -431,9 +439,7 @@ def main():
     figures.draw_predictions(folder / f"predictions{part}.png", rows, trained["class_names"])
     saved = f", submission{part}/" if submission else ""
     print(f"\n{text}\nwrote results{part}.json, results{part}.md, predictions{part}.png{saved} in {folder}")
-    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
-    alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
-    print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")
+    print(f"next: {next_command(folder, trained)}")
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -531,7 +537,7 @@ class CityscapesInstanceScore:
         area, labels, scores = overlap.sum(1), labels.numpy(), scores.double().numpy()
         classes = np.where(values >= 1000, values // 1000, values)
         classes[classes == 34] = 11  # KITTI-360's garages are buildings
-        void = np.isin(values, list(CITYSCAPES_VOID))
+        void = np.isin(values, CITYSCAPES_VOID)
 
         for label in self.ids.values():
             mine, true = (labels == label) & ~np.isclose(area, 0), classes == label

@@ -179,12 +179,12 @@ def read_coco_panoptic(files: list[Path], segments: dict) -> Labels:
     """One colour a segment; segments: {id: (category id, is it a crowd?)}."""
     ids = colour_ids(files[0])
     values = [value for value in present(ids) if value]
-    strange = [value for value in values if value not in segments]
-    need(not strange, f"{files[0]} holds the segment {next(iter(strange), 0)}, which is not among those of its JSON")
+    for value in values:
+        need(value in segments, f"{files[0]} holds the segment {value}, which is not among those of its JSON")
     return Labels(ids, {value: segments[value][0] for value in values}, [v for v in values if segments[v][1]])
 
 
-ITSELF = dict(enumerate(range(34)))
+ITSELF = {label: label for label in range(34)}
 CITY = ["leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", "gtFine/{split}/{city}/{stem}_gtFine_instanceIds.png"]
 RAW_360, OF_360 = "data_2d_raw/{drive}/image_00", "data_2d_semantics/train/{drive}/image_00"
 KITTI = [RAW_360 + "/data_rect/{stem}.png", OF_360 + "/instance/{stem}.png", OF_360 + "/confidence/{stem}.png"]
@@ -195,7 +195,7 @@ SYNSCAPES = ["img/rgb/{stem}.png", "img/class/{stem}.png", "img/instance/{stem}.
 DATA_SETS = {
     "toycity": (read_cityscapes, ITSELF, CITY),
     "cityscapes": (read_cityscapes, ITSELF, CITY),
-    "KITTI-360": (read_kitti360, dict(enumerate(range(45))) | {34: 11}, KITTI),  # garages count as buildings
+    "KITTI-360": (read_kitti360, {label: label for label in range(45)} | {34: 11}, KITTI),  # garages count as buildings
     ADE20K: (read_ade20k, {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
     "urbansyn": (read_urbansyn, {c.name: c.id for c in ALL_CITYSCAPES}, URBANSYN),
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
@@ -228,8 +228,8 @@ class Split(Dataset):
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
         for picture, *labels in self.files:
-            gone = [self.root / file for file in (picture, *labels) if not (self.root / file).is_file()]
-            need(not gone, f"{self.root / picture} needs {next(iter(gone), None)}, which is not there")
+            for file in (self.root / name for name in (picture, *labels)):
+                need(file.is_file(), f"{self.root / picture} needs {file}, which is not there")
         self.names = [picture for picture, *_ in self.files]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
         self.label_of = {called: index_of.get(id) for called, id in id_of.items()}  # None: is not evaluated

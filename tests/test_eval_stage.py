@@ -120,6 +120,8 @@ def test_a_model_is_scored_on_its_own_benchmark_and_some_images_on_the_side(stag
     assert (tmp_path / "run/predictions_limit1.png").is_file() and (tmp_path / "run/submission_limit1").is_dir()
     with pytest.raises(UserError, match="urbansyn_to_cityscapes_instance needs .*--data"):
         stage("05_eval", "--run", tmp_path / "run", "--data", tmp_path / "no")
+    with pytest.raises(UserError, match="--images and --compare are two things"):
+        stage("05_eval", "--images", tmp_path, "--compare", tmp_path / "run")
     for flags in (("--compare", tmp_path / "run", "--limit", 3), ("--images", tmp_path, "--save-predictions")):
         with pytest.raises(UserError, match="go with an evaluation"):
             stage("05_eval", "--run", tmp_path / "run", *flags)

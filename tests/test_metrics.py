@@ -314,6 +314,7 @@ def test_edges_are_drawn_where_each_encoders_own_ef_peaks(filled, stage, monkeyp
             size = (64 // peak - 2, 96 // peak - 2)
             assert centreline.shape == edges.shape == size
             assert 0 < (edges > 0).float().mean() <= 0.1 + 1 / edges.numel()
+            assert set(edges.unique().tolist()) <= {0, 1, 2, 3}
 
 
 def test_maps_or_pictures_without_edges_do_not_break_the_drawing(filled, stage):

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -359,21 +358,6 @@ def test_panoptic_score_of_the_truth_is_100_and_of_nothing_0():
         perfect.update(ids, segments, ids, segments)
         nothing.update(torch.zeros_like(ids), [], ids, segments)
     assert perfect.result()["PQ"] == perfect.result()["SQ"] == 100 and nothing.result()["PQ"] == 0
-
-
-# ---------------------------------------------------------------------------------------------- processes
-
-
-def in_parts(make, updates):
-    """What one score says of all updates, and three that share them and travel between processes."""
-    whole, parts = make(), [make() for _ in range(3)]
-    for i, update in enumerate(updates):
-        whole.update(*update)
-        parts[i % 3].update(*update)
-    first, *others = (pickle.loads(pickle.dumps(part)) for part in parts)
-    for other in others:
-        first.merge(other)
-    return whole.result(), first.result()
 
 
 # ---------------------------------------------------------------------------------------------- COCO

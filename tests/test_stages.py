@@ -223,15 +223,17 @@ def test_other_settings_for_the_same_run_are_refused_by_name(extract, tmp_path):
         extract("--encoders", "tiny_hiera")
 
 
-def test_an_encoder_added_to_a_run_is_the_only_one_that_runs(stage, extract, tmp_path):
+def test_an_encoder_added_to_a_run_is_the_only_one_that_runs(stage, extract, tmp_path, monkeypatch):
     extract("--encoders", "tiny_vit")
     times = {path: path.stat().st_mtime_ns for path in feature_files(tmp_path)}
     with pytest.raises(UserError, match='size was "64", now "96"'):
         extract("--encoders", "tiny_vit", "tiny_hiera", "--size", "96")
     with pytest.raises(UserError, match="weights was"):
         extract("--encoders", "tiny_vit", "tiny_hiera", "--weights", "none")
+    loaded, load = [], importlib.import_module("01_extract").load_encoder
+    monkeypatch.setattr("01_extract.load_encoder", lambda name, *rest: loaded.append(name) or load(name, *rest))
     extract("--encoders", "tiny_vit", "tiny_hiera")
-    assert len(times) == 3 and len(feature_files(tmp_path)) == 6
+    assert loaded == ["tiny_hiera"] and len(times) == 3 and len(feature_files(tmp_path)) == 6
     assert all(path.stat().st_mtime_ns == when for path, when in times.items())
     asked = json.loads((tmp_path / "run/run.json").read_text())
     assert asked["encoders"] == ["tiny_vit", "tiny_hiera"] and asked["left_out"] == {}
@@ -288,6 +290,8 @@ def test_numbers_names_and_repeats_that_make_no_sense_are_refused(extract, pictu
     for limit in ("0", "-1", "few"):
         with pytest.raises(SystemExit):
             extract("--limit", limit)
+    with pytest.raises(UserError, match="--images and --benchmark are two sources"):
+        extract("--benchmark", "toycity")
     with pytest.raises(UserError, match="twice"):
         extract("--encoders", "tiny_vit", "tiny_vit")
 
