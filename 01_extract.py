@@ -16,15 +16,15 @@ import os
 import shlex
 import shutil
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import figures, run
@@ -32,7 +32,7 @@ from common.datasets import find_benchmark, list_pictures, open_split, read_imag
 from common.encoders import ENCODERS, Encoder, load_encoder, weights_origin
 from common.run import CORES, DEVICES, UserError, flag, need, positive
 
-# ---------------------------------------------------------------------------------------------- settings
+KINDS = ", ".join(ENCODERS)
 
 
 @dataclass
@@ -41,12 +41,8 @@ class Settings:
     benchmark: str | None = flag(None, "whose training pictures to take (default: toycity)")
     images: Path | None = flag(None, "take the pictures of a folder instead", metavar="FOLDER")
     data: Path = flag(Path("data"), "folder of the data sets")
-    encoders: tuple[str, ...] = flag(
-        ("tiny_vit", "tiny_hiera"), f"of {', '.join(ENCODERS)}, or timm:NAME for a model of timm", metavar="NAME"
-    )
-    weights: tuple[str, ...] = flag(
-        ("pretrained",), "for all encoders, or a file for one of them", metavar="pretrained|none|NAME=FILE"
-    )
+    encoders: tuple[str, ...] = flag(("tiny_vit", "tiny_hiera"), f"of {KINDS}, or timm:NAME", metavar="NAME", nargs="+")
+    weights: tuple[str, ...] = flag(("pretrained",), "pretrained, none or NAME=FILE", metavar="WHICH", nargs="+")
     limit: int | None = flag(None, "pictures, evenly spaced (default: 24 for toycity, else 200)", type=positive)
     size: str | None = flag(None, "HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: the benchmark's)")
     seed: int = flag(0)
@@ -59,55 +55,43 @@ def choose_weights(encoders: tuple[str, ...], words: tuple[str, ...]) -> dict[st
     need(len(set(encoders)) == len(encoders), f"--encoders names one of {', '.join(encoders)} twice")
     weights = dict.fromkeys(encoders, "pretrained")
     for word in sorted(words, key=lambda word: "=" in word):  # single encoders overrule the word for all
-        name, equals, file = word.partition("=")
-        if equals and name in encoders:
+        name, _, file = word.partition("=")
+        if file and name in encoders:
             weights[name] = str(Path(file).resolve())
-            continue
-        known = word in ("pretrained", "none")
-        need(known, f"--weights {word}: expected pretrained, none, or NAME=FILE with NAME one of --encoders")
-        weights = dict.fromkeys(encoders, word)
+        elif word in ("pretrained", "none"):
+            weights = dict.fromkeys(encoders, word)
+        else:
+            raise UserError(f"--weights {word}: expected pretrained, none, or NAME=FILE with NAME one of --encoders")
     return weights
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
+# ------------------------------------------------------------------ pictures
 def choose_pictures(settings: Settings) -> tuple[Path, list[str]]:
-    """The folder that holds the pictures, and the names below it of those taken, evenly spaced over the sorted list."""
+    """The folder that holds the pictures, and the names below it of those taken."""
     if settings.images:
         root, names = settings.images, list_pictures(settings.images)
     else:
         samples = open_split(settings.benchmark, settings.data, "train")
         root, names = samples.root, samples.names
     few = 24 if settings.benchmark == "toycity" else 200
-    count = min(len(names), settings.limit or few)
-    return root, [names[i * len(names) // count] for i in range(count)]
+    return root, run.evenly_spaced(names, settings.limit or few)
 
 
-class Pictures(Dataset):
-    """Pictures at their working size: (name, float32 [3, H, W] in [0, 1]), or why one cannot be used in its place."""
-
-    def __init__(self, root: Path, names: list[str], size: str):
-        self.root, self.names, self.size = root, names, size
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor | str]:
-        name = self.names[index]
-        path = self.root / name
-        try:
-            text = name.encode(errors="ignore").decode() == name  # else it has bytes that are not UTF-8
-            need(text, f"{ascii(str(path))} has a name that is no text: rename it")
-            long = max(len(os.fsencode(part)) for part in Path(name).parts)
-            need(long <= 200, f"{path} has too long a name for a file of features: shorten it")
-            image = read_image(path)
-            height, width = image.shape[1:]
-            narrow = "x" not in self.size and max(height, width) > 16 * min(height, width)
-            need(not narrow, f"{path} is {height} x {width}, too long for its aspect to be kept: give --size HxW")
-            return name, resize_image(image, self.size)
-        except UserError as error:
-            return name, str(error)
+def read_picture(name: str, root: Path, size: str) -> tuple[str, torch.Tensor | str]:
+    """A picture at its working size, (name, float32 [3, H, W] in [0, 1]), or (name, why it cannot be used)."""
+    path = root / name
+    try:
+        is_text = name.encode(errors="ignore").decode() == name  # else it has bytes that are not UTF-8
+        need(is_text, f"{ascii(str(path))} has a name that is no text: rename it")
+        longest = max(len(os.fsencode(part)) for part in Path(name).parts)
+        need(longest <= 200, f"{path} has too long a name for a file of features: shorten it")
+        image = read_image(path)
+        height, width = image.shape[1:]
+        narrow = "x" not in size and max(height, width) > 16 * min(height, width)
+        need(not narrow, f"{path} is {height} x {width}, too long for its aspect to be kept: give --size HxW")
+        return name, resize_image(image, size)
+    except UserError as error:
+        return name, str(error)
 
 
 def lacking(folder: Path, encoder: str, names: list[str]) -> set[str]:
@@ -146,38 +130,28 @@ def open_run(folder: Path, asked: dict) -> dict:
     return asked
 
 
-# ---------------------------------------------------------------------------------------------- extraction
-
-
+# ------------------------------------------------------------------ extraction
 @torch.inference_mode()
-def extract(
-    encoders: list[Encoder], todo: dict[str, set], pictures: Pictures, folder: Path, settings: Settings
-) -> dict:
+def extract(encoders: list[Encoder], todo: dict[str, set], pictures, folder: Path, device: str) -> dict:
     """One file for each picture and each encoder that lacks it; one picture at a time, as a folder may hold many sizes.
 
-    Returns {picture: reason} of those that cannot be used.
+    pictures: yields what read_picture returns. Returns {picture: reason} of those that cannot be used.
     """
-    loader = DataLoader(
-        pictures,
-        batch_size=None,
-        num_workers=settings.workers,
-        pin_memory=settings.device == "cuda",
-        worker_init_fn=run.leave_interrupts_to_the_parent,
-    )
-    left_out, writing, room = {}, deque(), False
+    left_out, writing = {}, []
     with ThreadPoolExecutor(1) as writer:  # the encoders go on while files are written, a few pictures ahead at most
-        for name, image in tqdm(loader, "extracting", unit="picture", disable=not len(pictures)):
+        for name, image in tqdm(pictures, "extracting", unit="picture", disable=not len(pictures)):
             if isinstance(image, str):
                 left_out[name] = image
                 tqdm.write(f"left out: {image}")
                 continue
-            room = room or need_disk(folder, sum(len(todo[e.name]) * bytes_of(image, e.channels) for e in encoders))
+            if not writing:
+                need_disk(folder, image, encoders, todo)
             for encoder in (encoder for encoder in encoders if name in todo[encoder.name]):
-                native = encoder(image[None].to(settings.device, non_blocking=True))  # {stride: [1, C, h, w]}
+                native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
                 maps = {str(stride): feature[0].half().contiguous() for stride, feature in native.items()}
                 writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps))
             while len(writing) > 4 * len(encoders):
-                writing.popleft().result()
+                writing.pop(0).result()
         for written in writing:
             written.result()
     return left_out
@@ -190,33 +164,30 @@ def write(path: Path, maps: dict[str, torch.Tensor]) -> None:
         save_file({stride: feature.cpu() for stride, feature in maps.items()}, temporary)
 
 
-def bytes_of(image: torch.Tensor, channels: dict[int, int]) -> int:
-    """Of the maps of a picture [3, H, W] in float16; channels: {native stride: C}."""
-    return sum(2 * c * (image.shape[1] // stride) * (image.shape[2] // stride) for stride, c in channels.items())
-
-
-def need_disk(folder: Path, size: int) -> bool:
-    """Say how many bytes are still to be written, as the first picture lets one expect; UserError if they lack room."""
+def need_disk(folder: Path, image: torch.Tensor, encoders: list[Encoder], todo: dict[str, set]) -> None:
+    """Say how much is still to be written if all pictures are like this one [3, H, W]; UserError if it lacks room."""
+    height, width = image.shape[1:]
+    size, free = 0, shutil.disk_usage(folder).free
+    for encoder in encoders:
+        for stride, channels in encoder.channels.items():
+            size += len(todo[encoder.name]) * 2 * channels * (height // stride) * (width // stride)  # float16
     tqdm.write(f"{size / 1e9:.2f} GB to write under {folder}")
-    free = shutil.disk_usage(folder).free
     advice = "free some, choose a --run on another disk, or lower --limit or --size"
     need(free > 1.05 * size, f"{folder} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed: {advice}")
-    return True
 
 
 def report(folder: Path, found: dict, names: list[str]) -> None:
     """A row for each map of the first picture, and three pictures' maps in colours."""
-    print(f"\nmaps of {names[0]}")
     wide = max(12, *map(len, found["encoders"]))
-    print(f"{'encoder':<{wide}} {'stride':>6} {'channels':>8} {'map':>11} {'mean':>9} {'std':>9}")
+    print(f"\nmaps of {names[0]}\n{'encoder':{wide}} stride channels         map      mean       std")
     random = [encoder for encoder in found["encoders"] if found["weights"][encoder] == "none"]
     for encoder in found["encoders"]:
         for stride, feature in run.read_features(folder, encoder, names[0]).items():
             c, h, w = feature.shape
             mean, std = feature.float().mean(), feature.float().std()
             loud = "  RANDOM WEIGHTS" if encoder in random else ""
-            print(f"{encoder:<{wide}} {stride:>6} {c:>8} {f'{h} x {w}':>11} {mean:>9.3f} {std:>9.3f}{loud}")
-    shown = names[:: max(1, len(names) // 3)][:3]
+            print(f"{encoder:{wide}} {stride:6} {c:8} {f'{h} x {w}':>11} {mean:9.3f} {std:9.3f}{loud}")
+    shown = run.evenly_spaced(names, 3)
     images = [resize_image(read_image(Path(found["root"]) / name), found["size"]) for name in shown]
     maps = {encoder: [run.read_features(folder, encoder, name) for name in shown] for encoder in found["encoders"]}
     figures.draw_features(folder / "features.png", images, maps, random)
@@ -248,9 +219,11 @@ def main():
     asked["weights_from"] = {name: weights_origin(name, weights[name]) for name in settings.encoders}
     found = open_run(folder, asked)
 
-    pictures = Pictures(root, [name for name in names if any(name in of_one for of_one in todo.values())], size)
-    print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(pictures)} are still to be extracted")
-    left_out = extract(encoders, todo, pictures, folder, settings)
+    missing = [name for name in names if any(name in of_one for of_one in todo.values())]
+    print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(missing)} are still to be extracted")
+    read = {"collate_fn": partial(read_picture, root=root, size=size), "worker_init_fn": run.ignore_signals}
+    pictures = DataLoader(missing, batch_size=None, num_workers=settings.workers, **read)
+    left_out = extract(encoders, todo, pictures, folder, settings.device)
     usable = [name for name in names if name not in left_out]
     need(usable, f"none of the {len(names)} pictures of {root} can be used")
     run.write_json(folder / "run.json", found | {"left_out": left_out})

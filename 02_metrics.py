@@ -55,9 +55,7 @@ class Settings:
     seed: int | None = flag(None, "seed of sampling, noise and bootstrap (default: the run's)")
 
 
-# ------------------------------------------------------------------------------------- structural coherence (SC)
-
-
+# ------------------------------------------------------------------ structural coherence (SC)
 @torch.no_grad()
 def structural_coherence(features, seed=0):
     """Score how far feature maps are made of large, distinct regions (paper, arXiv 2605.16864).
@@ -156,9 +154,7 @@ def clustering_score(features, points, seed):
     return (torch.stack(silhouettes).median(0).values + 1) / 2
 
 
-# ------------------------------------------------------------------------------------------- edge fidelity (EF)
-
-
+# ------------------------------------------------------------------ edge fidelity (EF)
 @torch.no_grad()
 def edge_fidelity(features, images):
     """Score whether feature edges lie on the picture's edges and are sharp (paper, arXiv 2605.16864).
@@ -268,9 +264,7 @@ def spatial_precision(norm):
     return 1 / (1 + torch.where(found > 0, found, float(radii[-1])) / SP_SCALE)
 
 
-# ------------------------------------------------------------------------------------------- controls and summary
-
-
+# ------------------------------------------------------------------ controls and summary
 def control(source, image, stride, seed):
     """A map that needs no encoder, from image [1,3,H,W]: [1,64,H/stride,W/stride] of noise, or [1,3,...]."""
     height, width = image.shape[2] // stride, image.shape[3] // stride
@@ -315,9 +309,7 @@ def print_profiles(metrics):
         print(f"WARNING: {encoder} has RANDOM weights: its numbers say nothing about the trained one")
 
 
-# --------------------------------------------------------------------------------------------- k-means, in batches
-
-
+# ------------------------------------------------------------------ k-means, in batches
 def distances(centres, points):
     """Squared, of centres [B,*,D] to points [B,n,D], less the point's own square: [B,*,n]."""
     return torch.baddbmm(centres.square().sum(2, keepdim=True), centres, points.mT, alpha=-2)  # [B,*,n]
@@ -397,9 +389,7 @@ def silhouette(points, labels, k):
     return torch.where((own_size > 1) & outside.isfinite(), scores, 0).mean((1, 2))
 
 
-# ------------------------------------------------------------------------------------------------------ the stage
-
-
+# ------------------------------------------------------------------ the stage
 def finished_run(folder):
     """run.json of a finished extraction, and the images that can be used."""
     found = run.read_stage(folder, "run.json", "01_extract.py")

@@ -39,9 +39,7 @@ class Settings:
     seed: int = flag(0, "seed of the bootstrap")
 
 
-# ---------------------------------------------------------------------------------------------- the rule
-
-
+# ------------------------------------------------------------------ the rule
 def select(sc, ef, task="segmentation", master=None, auxiliary=None, stride=None):
     """Choose master, auxiliary and stride by mean scores sc and ef, each [..., encoder, stride] (rule: paper).
 
@@ -84,9 +82,7 @@ def held_by_hand(settings: Settings, metrics: dict) -> dict[str, int | None]:
     return {part: None if given[part] is None else parts[part].index(given[part]) for part in parts}
 
 
-# ---------------------------------------------------------------------------------------------- scores
-
-
+# ------------------------------------------------------------------ scores
 def read_scores(folder: Path, metrics: dict, score: str, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean SC and EF over images, one for each row of weights [R, image]: two arrays [R, source, stride]."""
     columns = ("SC", "EF_CC" if score == "EF_SHARE" else score)
@@ -130,9 +126,7 @@ def what_speaks_against(settings: Settings, metrics: dict, choice: dict, ef: np.
     return warnings
 
 
-# ---------------------------------------------------------------------------------------------- the stage
-
-
+# ------------------------------------------------------------------ the stage
 def print_scores(metrics: dict, overall: str, peaking: str) -> None:
     """The table behind the choice: one score averaged over strides, the other stride by stride, controls last."""
     strides = [str(stride) for stride in metrics["strides"]]

@@ -43,9 +43,8 @@ from common.run import CORES, DEVICES, UserError, flag, need, positive
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOG = ("step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds", "waiting")
 
-# ---------------------------------------------------------------------------------------------- settings
 
-
+# ------------------------------------------------------------------ settings
 @dataclass
 class Settings:
     run: Path = flag(Path("runs/toycity"), "run folder")
@@ -77,13 +76,13 @@ class Recipe:
     steps: int = flag(90_000, "0: only say what would be done")
     batch: int = flag(16, "images a step, over all processes", type=positive)
     crop: tuple[int, int] = flag((512, 1024), "multiples of 32", type=crop_size, metavar="HxW")
-    resize: tuple[int, int] = flag((512, 2048), "range of a side of the scaled image", metavar=("FROM", "TO"))
+    resize: tuple[int, int] = flag((512, 2048), "range of a side of the scaled image", nargs=2)
     resized_side: str = flag("short", "the side that --resize speaks of", choices=("short", "long"))
     colour_jitter: bool = flag(True, "vary brightness, contrast, saturation and hue")
     test_size: str = flag("1024x2048", "of evaluation, as --size of stage 1")
     learning_rate: float = flag(1e-4, "of the decoder")
     master_rate: float = flag(0.1, "of the encoders, relative to the decoder's; 1 for a random master")
-    drops: tuple[int, ...] = flag((), "steps where the rate falls to a tenth; none: (1 - step / steps)^0.9")
+    drops: tuple[int, ...] = flag((), "steps where the rate falls to a tenth; none: (1 - step / steps)^0.9", nargs="+")
     weight_decay: float = flag(0.05)
     clip: float = flag(0.01, "norm of the whole model's gradient")
     width: int = flag(256, "channels of the decoder", type=positive)
@@ -92,21 +91,21 @@ class Recipe:
     decoder_layers: int = flag(9, "of the transformer decoder", type=positive)
     heads: int = flag(8, "of attention", type=positive)
     points: int = flag(12544, "sampled on each mask for the loss", type=positive)
-    vit_widths: tuple[int, int, int, int] = flag((128, 256, 512, 1024), "channels of a ViT master's levels")
+    vit_widths: tuple[int, int, int, int] = flag((128, 256, 512, 1024), "channels of a ViT master's levels", nargs=4)
     save_every: int = flag(1000, "steps", type=positive)
 
 
 COCO = {"colour_jitter": False, "test_size": "800/1333", "drops": (327_778, 355_092), "queries": 200}
 COCO = Recipe(368_750, 16, (1024, 1024), (102, 2048), "long", **COCO)  # large-scale jitter: 0.1 to 2 times the crop
 TINY = {"width": 64, "queries": 50, "encoder_layers": 2, "decoder_layers": 3, "heads": 4, "points": 1024}
-TINY |= {"vit_widths": (32, 64, 64, 128), "colour_jitter": False, "save_every": 200}
+TINY |= {"vit_widths": (32, 64, 64, 128), "colour_jitter": False, "save_every": 200, "learning_rate": 2e-3}
 # A benchmark that has no recipe of its own below is one of street scenes.
 RECIPES = dict.fromkeys(BENCHMARKS, Recipe()) | {
     "coco_instance": COCO,
     "coco_panoptic": COCO,
     "ade20k_semantic": Recipe(160_000, 16, (640, 640), (320, 1280), test_size="640"),
     "kitti360_instance": Recipe(90_000, 16, (384, 672), (376, 752), test_size="own"),
-    "toycity": Recipe(1200, 4, (128, 256), (208, 336), test_size="256", learning_rate=2e-3, **TINY),
+    "toycity": Recipe(1200, 4, (128, 256), (208, 336), test_size="256", **TINY),
 }
 
 
@@ -149,9 +148,7 @@ def choose_recipe(benchmark: str, changes: dict, accumulate: int) -> Recipe:
     return recipe
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
+# ------------------------------------------------------------------ data
 class TrainCrops:
     """An endless, shuffled, augmented stream over a data set: item n depends on the seed and n alone.
 
@@ -229,24 +226,17 @@ def load_micro_batches(samples, training: Training, settings: Settings, first: i
     size = recipe.batch // (WORLD * accumulate)  # images in a micro-batch
     parts = range(RANK * accumulate, (RANK + 1) * accumulate)
     starts = (step * recipe.batch + part * size for step in range(first, recipe.steps) for part in parts)
-    loader = DataLoader(
-        TrainCrops(samples, recipe, training.seed),
-        batch_sampler=(range(start, start + size) for start in starts),
-        num_workers=settings.workers,
-        collate_fn=list,
-        pin_memory=device == "cuda",
-        worker_init_fn=run.leave_interrupts_to_the_parent,
-    )
-    for crops in loader:
+    places = (range(start, start + size) for start in starts)
+    helpers = {"num_workers": settings.workers, "worker_init_fn": run.ignore_signals, "pin_memory": device == "cuda"}
+    stream = TrainCrops(samples, recipe, training.seed)
+    for crops in DataLoader(stream, batch_sampler=places, collate_fn=list, **helpers):
         images = torch.stack([crop["image"].to(device, non_blocking=True) for crop in crops])
         masks = [crop["masks"].to(device).float() for crop in crops]
         labels = [crop["labels"].to(device) for crop in crops]
         yield images, masks, labels, [crop["name"] for crop in crops]
 
 
-# ---------------------------------------------------------------------------------------------- training
-
-
+# ------------------------------------------------------------------ training
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; encoders at `master_rate` of the rate, no weight decay on norms, biases, embeddings, position tables."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -258,13 +248,8 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         decays = parameter.ndim > 1 and not table
         if parameter.requires_grad:
             groups[recipe.master_rate if encoder else 1.0, recipe.weight_decay if decays else 0.0].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "rate": recipe.learning_rate * rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()
-        ],
-        fused=next(model.parameters()).is_cuda,
-    )
+    groups = [{"params": p, "rate": recipe.learning_rate * rate, "weight_decay": d} for (rate, d), p in groups.items()]
+    return torch.optim.AdamW(groups, fused=next(model.parameters()).is_cuda)
 
 
 def schedule(step: int, recipe: Recipe) -> float:
@@ -274,24 +259,22 @@ def schedule(step: int, recipe: Recipe) -> float:
     return (1 - step / recipe.steps) ** 0.9
 
 
-def resume(model: nn.Module, optimiser: torch.optim.AdamW, checkpoint: dict) -> int:
-    """Fill both from a checkpoint, of whatever device, and empty it: it is as large. Returns the steps done."""
-    model.load_state_dict(checkpoint["model"])
-    for group in checkpoint["optimiser"]["param_groups"]:
-        group["fused"] = optimiser.defaults["fused"]
-    optimiser.load_state_dict(checkpoint["optimiser"])
-    for parameter, moments in optimiser.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # a GPU's layout of memory is not a CPU's
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
-    step = checkpoint["step"]
-    checkpoint.clear()
-    return step
-
-
 def begin(model: nn.Module, recipe: Recipe, checkpoint: dict | None):
-    """What the forward pass goes through, so that processes average their gradients; the optimiser; the first step."""
-    optimiser = make_optimiser(model, recipe)
-    first = resume(model, optimiser, checkpoint) if checkpoint else 0
+    """What the forward pass goes through, so that processes average their gradients; the optimiser; the first step.
+
+    Model and optimiser are filled from a checkpoint, of whatever device, and it is emptied, as it is as large.
+    """
+    optimiser, first = make_optimiser(model, recipe), 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        for group in checkpoint["optimiser"]["param_groups"]:
+            group["fused"] = optimiser.defaults["fused"]
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        for parameter, moments in optimiser.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # a GPU's layout of memory is not a CPU's
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        first = checkpoint["step"]
+        checkpoint.clear()
     if WORLD == 1:
         return model, optimiser, first
     dist.all_reduce(total := torch.tensor(first, device=next(model.parameters()).device))
@@ -379,9 +362,7 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
                 return signals[0] if signals else signal.SIGTERM
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
+# ------------------------------------------------------------------ files
 def open_log(folder: Path, first: int):
     """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -428,9 +409,7 @@ def load_checkpoint(folder: Path, training: Training) -> dict | None:
     return checkpoint
 
 
-# ---------------------------------------------------------------------------------------------- the stage
-
-
+# ------------------------------------------------------------------ the stage
 def join_processes(device: str) -> None:
     """Meet the others that torchrun started, each with a GPU of its own where there are some; the first one prints."""
     if device == "cuda":

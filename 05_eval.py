@@ -16,7 +16,7 @@ import contextlib
 import io
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,25 +32,13 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from common import figures, run
-from common.datasets import (
-    BENCHMARKS,
-    CITYSCAPES_VOID,
-    KITTI360_THINGS,
-    Split,
-    compact,
-    count_pairs,
-    list_pictures,
-    open_split,
-    read_image,
-    working_size,
-)
-from common.model import PADDING, FusedModel, build_model
+from common import datasets, figures, run
+from common.datasets import BENCHMARKS, compact, count_pairs, working_size
+from common.model import PADDING, build_model
 from common.run import CORES, DEVICES, UserError, flag, need, positive
 
-# ---------------------------------------------------------------------------------------------- settings
 
-
+# ------------------------------------------------------------------ settings
 @dataclass
 class Settings:
     run: Path = flag(Path("runs/toycity"), "run folder")
@@ -58,16 +46,19 @@ class Settings:
     limit: int | None = flag(None, "evaluate only so many images, evenly spaced", type=positive)
     save_predictions: bool = flag(False, "write submission/ as well")
     images: Path | None = flag(None, "draw predictions on a folder of pictures instead", metavar="FOLDER")
-    compare: tuple[Path, ...] = flag((), "table the results of several runs instead", metavar="RUN")
+    compare: tuple[Path, ...] = flag((), "table the results of several runs instead", metavar="RUN", nargs="+")
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "helpers beside the main process", type=positive)
 
 
-# ---------------------------------------------------------------------------------------------- inference
+MEASURES = {"mIoU": "semantic", "AP": "instance", "PQ": "panoptic"}
+# What a reader compares
+HEADLINE = ("mIoU", "mIoU_th", "boundary_mIoU", "AP", "AP50", "AP_without_building", "PQ", "PQ_th", "PQ_st")
 
 
+# ------------------------------------------------------------------ inference
 @torch.inference_mode()
-def predict(model: FusedModel, image: torch.Tensor, size: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model, image, size, device):
     """One image, uint8 [3, H, W], through the model at the working `size`, padded to multiples of 32.
 
     Returns class probabilities [Q, classes + 1], the last column no-object, and mask probabilities [Q, H, W] at the
@@ -83,14 +74,12 @@ def predict(model: FusedModel, image: torch.Tensor, size: str, device: str) -> t
     return class_logits[0].float().softmax(-1), masks.sigmoid_()
 
 
-def semantic(class_probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def semantic(class_probabilities, masks):
     """Class of each pixel, int64 [H, W]: every query votes for its classes where its mask is."""
     return torch.einsum("qc,qhw->chw", class_probabilities[:, :-1], masks).argmax(0)
 
 
-def instances(
-    class_probabilities: torch.Tensor, masks: torch.Tensor, things: list[int], top: int = 100
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def instances(class_probabilities, masks, things, top=100):
     """The things among the `top` best pairs of query and class: masks bool [N, H, W], labels int64 [N], scores [N].
 
     score = class probability x mean mask probability inside the mask.
@@ -105,125 +94,94 @@ def instances(
     return binary[queries], labels, scores * quality[queries]
 
 
-def panoptic(
-    class_probabilities: torch.Tensor,
-    masks: torch.Tensor,
-    things: list[int],
-    object_threshold: float = 0.8,
-    overlap_threshold: float = 0.8,
-) -> tuple[torch.Tensor, list[dict]]:
+def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
     """Segment ids int64 [H, W], 0 where nothing is claimed, and segments [{"id", "label"}].
 
-    A query takes part if its class is not no-object and has a probability above `object_threshold`. Each pixel goes to
-    the query with the highest probability x mask; a query that keeps under `overlap_threshold` of its own mask is
-    dropped.
+    A query takes part if its class is not no-object and has a probability above `sure`. Each pixel goes to the query
+    with the highest probability x mask; a query that keeps under the share `kept` of its own mask is dropped.
     """
     scores, labels = class_probabilities.max(-1)
-    chosen = (labels < class_probabilities.shape[1] - 1) & (scores > object_threshold)
+    chosen = (labels < class_probabilities.shape[1] - 1) & (scores > sure)
     scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]
     ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
-    if not labels:
-        return ids, []
-    owner = (scores[:, None, None] * masks).argmax(0)  # [H, W]
-    segments, stuff = [], {}
+    owner = (scores[:, None, None] * masks).argmax(0) if labels else ids  # [H, W]
+    segments, id_of = [], {}
     for query, label in enumerate(labels):
         own = masks[query] >= 0.5
         region = own & (owner == query)
-        if region.sum() == 0 or region.sum() < overlap_threshold * own.sum():
+        if region.sum() == 0 or region.sum() < kept * own.sum():
             continue
-        if label in stuff:  # stuff of one class is one segment
-            ids[region] = stuff[label]
-            continue
-        segments.append({"id": len(segments) + 1, "label": label})
-        ids[region] = len(segments)
-        if label not in things:
-            stuff[label] = len(segments)
+        if label in things or label not in id_of:  # stuff of one class is one segment
+            segments.append({"id": len(segments) + 1, "label": label})
+            id_of[label] = len(segments)
+        ids[region] = id_of[label]
     return ids, segments
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------ evaluation
+def evaluate(model, samples, size, settings, indices, submission=None):
+    """Score a model on the images `indices` of a validation split, at the working `size`, in the split's measures.
 
-
-def scores_for(samples: Split) -> dict:
-    """An empty score for each of a split's measures: {"semantic", "instance", "panoptic": score}."""
-    scores = {}
-    if "mIoU" in samples.measures:
-        scores["semantic"] = SemanticScore([category.name for category in samples.categories])
-    if "AP" in samples.measures and samples.coco:
-        scores["instance"] = CocoInstanceScore(samples.coco.file)
-    elif "AP" in samples.measures:
-        scores["instance"] = CityscapesInstanceScore({c.name: c.id for c in samples.categories if c.isthing})
-    if "PQ" in samples.measures:
-        scores["panoptic"] = PanopticScore([category._asdict() for category in samples.categories])
-    return scores
-
-
-def evaluate(
-    model: FusedModel, samples: Split, size: str, settings: Settings, indices: list[int], submission: Path | None = None
-) -> dict:
-    """Score a model on the images `indices` of a validation split at the working `size`: {task: that score's result}.
-
-    The split's measures say which: mIoU, AP (Cityscapes' or KITTI-360's rules, COCO's on COCO) and PQ. With
-    `submission`, a folder, predictions are written there in the forms of Cityscapes and COCO.
+    Returns {task: that score's result}. Predictions go into the folder `submission` as Cityscapes and COCO want them.
     """
-    scores, annotations = scores_for(samples), []  # in COCO's panoptic form
-    ids = torch.tensor([category.id for category in samples.categories])
-    things = [label for label, category in enumerate(samples.categories) if category.isthing]
-    loader = DataLoader(
-        Subset(samples, indices),
-        batch_size=None,
-        num_workers=settings.workers,
-        worker_init_fn=run.leave_interrupts_to_the_parent,
-    )
+    if submission:
+        shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
+    categories, coco_panoptic = samples.categories, []
+    ids = torch.tensor([category.id for category in categories])  # by label
+    things = [label for label, category in enumerate(categories) if category.isthing]
+    thing_ids = {category.name: category.id for category in categories if category.isthing}
+    scores = {
+        "mIoU": SemanticScore([category.name for category in categories]),
+        "AP": CocoInstanceScore(samples.coco.file) if samples.coco else CityscapesInstanceScore(thing_ids),
+        "PQ": PanopticScore([category._asdict() for category in categories]),
+    }
+    scores = {MEASURES[measure]: scores[measure] for measure in samples.measures}
+    helpers = {"num_workers": settings.workers, "worker_init_fn": run.ignore_signals}
+    loader = DataLoader(Subset(samples, indices), batch_size=None, **helpers)
     model.to(settings.device).eval()
     for sample in tqdm(loader, "evaluating", unit="image"):
-        truth, stem = sample["truth"], submission_stem(sample["name"])
-        class_probabilities, masks = predict(model, sample["image"], size, settings.device)
+        predicted = predict(model, sample["image"], size, settings.device)
+        found = {}  # by task, what its score takes before the truth
         if "semantic" in scores:
-            labels = semantic(class_probabilities, masks).cpu()
-            scores["semantic"].update(labels, *truth["semantic"])
-            if submission:
-                save_png(submission / f"semantic/{stem}.png", ids[labels].numpy())
+            found["semantic"] = (semantic(*predicted).cpu(),)
         if "instance" in scores:
-            found, labels, confidence = (part.cpu() for part in instances(class_probabilities, masks, things))
-            if samples.coco:
-                scores["instance"].update(sample["image_id"], found, ids[labels], confidence)
-            else:
-                scores["instance"].update(found, ids[labels], confidence, *truth["instance"])
-                if submission:
-                    save_instances(submission / "instance", stem, found, ids[labels], confidence)
+            masks, labels, confidence = (part.cpu() for part in instances(*predicted, things))
+            found["instance"] = masks, ids[labels], confidence
         if "panoptic" in scores:
-            segment_ids, segments = panoptic(class_probabilities, masks, things)
+            segment_ids, segments = panoptic(*predicted, things)
             segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
-            scores["panoptic"].update(segment_ids.cpu(), segments, *truth["panoptic"])
-            if submission:
-                save_panoptic(submission / f"panoptic/{stem}.png", segment_ids.cpu())
-                entry = {"image_id": sample["image_id"], "file_name": f"{stem}.png", "segments_info": segments}
-                annotations.append(entry)
+            found["panoptic"] = segment_ids.cpu(), segments
+        for task, score in scores.items():
+            of_image = [sample["image_id"]] if samples.coco and task == "instance" else []
+            score.update(*of_image, *found[task], *sample["truth"][task])
+        if submission:
+            coco_panoptic.append(save_predictions(submission, sample, found, ids))
     if submission and "panoptic" in scores:
-        run.write_json(submission / "panoptic.json", {"annotations": annotations})
+        run.write_json(submission / "panoptic.json", {"annotations": coco_panoptic})
     if submission and samples.coco and "instance" in scores:
-        run.write_json(submission / "instances.json", scores["instance"].as_results())
-    results = {task: score.result() for task, score in scores.items()}
-    if samples.categories == KITTI360_THINGS:  # it counts buildings, hardly anyone else does
-        others = [ap for name, ap in results["instance"]["per_class"].items() if name != "building"]
-        results["instance"]["AP_without_building"] = mean(np.array(others))
-    return results
+        run.write_json(submission / "instances.json", scores["instance"].detections)
+    return {task: score.result() for task, score in scores.items()}
 
 
-def submission_stem(name: str) -> str:
-    """The name of a picture's files in a submission; Cityscapes looks for <city>_<sequence>_<frame>*."""
-    stem = Path(name).with_suffix("").as_posix().replace("/", "__")
-    return stem.rsplit("__", 1)[-1].removesuffix("_leftImg8bit") if stem.endswith("_leftImg8bit") else stem
+def save_predictions(folder, sample, found, ids):
+    """An image's predictions in Cityscapes' form and as COCO's panoptic PNG, whose entry in the JSON is returned."""
+    name = Path(sample["name"])
+    stem = name.with_suffix("").as_posix().replace("/", "__")
+    if stem.endswith("_leftImg8bit"):  # Cityscapes looks for <city>_<sequence>_<frame>*
+        stem = name.stem.removesuffix("_leftImg8bit")
+    entry = {"image_id": sample["image_id"], "file_name": f"{stem}.png"}
+    if "semantic" in found:
+        save_png(folder / f"semantic/{stem}.png", ids[found["semantic"][0]].numpy())
+    if "instance" in found and "rles" not in sample:  # COCO's go into one JSON
+        save_instances(folder / "instance", stem, *found["instance"])
+    if "panoptic" in found:
+        segment_ids, entry["segments_info"] = found["panoptic"]  # an id is R + 256 G + 65536 B
+        colours = torch.stack([segment_ids >> shift & 255 for shift in (0, 8, 16)], -1)
+        save_png(folder / f"panoptic/{stem}.png", colours.numpy())
+    return entry
 
 
-def save_png(path: Path, pixels: np.ndarray) -> None:
-    """8 bits a channel; pixels [H, W] or [H, W, 3]."""
-    with run.whole_file(path) as temporary:
-        Image.fromarray(pixels.astype(np.uint8)).save(temporary, "PNG")
-
-
-def save_instances(folder: Path, stem: str, masks: torch.Tensor, label_ids: torch.Tensor, scores: torch.Tensor) -> None:
+def save_instances(folder, stem, masks, label_ids, scores):
     """Cityscapes' form: <stem>.txt with a line for each mask: its file, label id and confidence."""
     lines = []
     for i, (mask, label, score) in enumerate(zip(masks, label_ids.tolist(), scores.tolist(), strict=True)):
@@ -233,159 +191,143 @@ def save_instances(folder: Path, stem: str, masks: torch.Tensor, label_ids: torc
         temporary.write_text("".join(lines))
 
 
-def save_panoptic(path: Path, ids: torch.Tensor) -> None:
-    """COCO's form: id = R + 256 G + 65536 B."""
-    save_png(path, torch.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).numpy())
+def save_png(path, pixels):
+    """8 bits a channel; pixels [H, W] or [H, W, 3]."""
+    with run.whole_file(path) as temporary:
+        Image.fromarray(pixels.astype(np.uint8)).save(temporary, "PNG")
 
 
-# ---------------------------------------------------------------------------------------------- report
-
-
-def drawing(model: FusedModel, trained: dict, sample: dict, device: str) -> tuple[torch.Tensor, list]:
+# ------------------------------------------------------------------ report
+def drawing(model, trained, sample, device):
     """A row of predictions.png: the image, its truth if it has one, and the prediction (things above 0.5)."""
-    image, things = sample["image"], [label for label, isthing in enumerate(trained["isthing"]) if isthing]
-    class_probabilities, masks = predict(model, image, trained["recipe"]["test_size"], device)
-    drawings = []
-    if "segments" in sample:
-        drawings.append(("truth", sample["segments"], sample["labels"].tolist()))
-    elif "rles" in sample:
-        true_masks = [torch.from_numpy(rle.decode(code)) for code in sample["rles"]]
-        drawings.append(("truth", painted(true_masks, image), sample["labels"].tolist()))
+    image, drawings = sample["image"], []
+    if "rles" in sample:
+        true_masks = torch.from_numpy(np.array([rle.decode(code) for code in sample["rles"]], bool))
+        drawings = [("truth", painted(true_masks, image), sample["labels"].tolist())]
+    elif "segments" in sample:
+        drawings = [("truth", sample["segments"], sample["labels"].tolist())]
+    things = [label for label, isthing in enumerate(trained["isthing"]) if isthing]
+    predicted = predict(model, image, trained["recipe"]["test_size"], device)
     task = BENCHMARKS[trained["benchmark"]].task
     if task == "semantic":
-        prediction = semantic(class_probabilities, masks).cpu() + 1, list(range(len(trained["class_names"])))
+        ids, labels = semantic(*predicted).cpu() + 1, list(range(len(trained["class_names"])))
     elif task == "panoptic":
-        ids, segments = panoptic(class_probabilities, masks, things)
-        prediction = ids.cpu(), [segment["label"] for segment in segments]
+        ids, segments = panoptic(*predicted, things)
+        ids, labels = ids.cpu(), [segment["label"] for segment in segments]
     else:
-        found, labels, confidence = (part.cpu() for part in instances(class_probabilities, masks, things))
+        masks, labels, confidence = (part.cpu() for part in instances(*predicted, things))
         order = confidence.argsort()  # the surest on top
         order = order[confidence[order] > 0.5]
-        prediction = painted(found[order], image), labels[order].tolist()
-    return image, [*drawings, ("prediction", *prediction)]
+        ids, labels = painted(masks[order], image), labels[order].tolist()
+    return image, [*drawings, ("prediction", ids, labels)]
 
 
-def painted(masks, image: torch.Tensor) -> torch.Tensor:
-    """Masks that may overlap, one over the other, as segment ids int [H, W]."""
+def painted(masks, image):
+    """Masks, bool [N, H, W], that may overlap, one over the other, as segment ids int [H, W]."""
     ids = torch.zeros(image.shape[1:], dtype=torch.int32)
-    for i, mask in enumerate(masks):
-        ids[mask.bool()] = i + 1
+    for i, mask in enumerate(masks, 1):
+        ids[mask] = i
     return ids
 
 
-def headline(results: dict, categories: list) -> dict[str, float]:
-    """The numbers that a reader compares, in percent, in the order of the table; mIoU_th is that of the things."""
-    numbers = {}
-    if "semantic" in results:
-        things = [results["semantic"]["per_class"][category.name] for category in categories if category.isthing]
-        numbers["mIoU"] = results["semantic"]["mIoU"]
-        if 0 < len(things) < len(categories):
-            numbers["mIoU_th"] = mean(np.array(things))
-        numbers["boundary_mIoU"] = results["semantic"]["boundary_mIoU"]
-    for task, keys in {"instance": ("AP", "AP50", "AP_without_building"), "panoptic": ("PQ", "PQ_th", "PQ_st")}.items():
-        numbers |= {key: results[task][key] for key in keys if key in results.get(task, {})}
-    return numbers
+def headline(results, categories):
+    """The numbers that a reader compares, in percent; mIoU_th is that of the things, where there is stuff as well."""
+    numbers = {name: value for result in results.values() for name, value in result.items() if name != "per_class"}
+    things = [category.name for category in categories if category.isthing]
+    if "semantic" in results and 0 < len(things) < len(categories):
+        numbers["mIoU_th"] = mean([results["semantic"]["per_class"][name] for name in things])
+    if categories == datasets.KITTI360_THINGS:  # it counts buildings, hardly anyone else does
+        others = results["instance"]["per_class"].items()
+        numbers["AP_without_building"] = mean([ap for name, ap in others if name != "building"])
+    return {name: numbers[name] for name in HEADLINE if name in numbers}
 
 
-def class_rows(results: dict) -> list[list[str]]:
-    columns = {"semantic": "IoU", "instance": "AP", "panoptic": "PQ"}
-    tasks = [task for task in columns if task in results]
-    rows = [["class", *(columns[task] for task in tasks)]]
-    for name in {name: None for task in tasks for name in results[task]["per_class"]}:
-        values = [results[task]["per_class"].get(name, np.nan) for task in tasks]
-        rows.append([name, *("-" if np.isnan(value) else f"{value:.1f}" for value in values)])
-    return rows
+def markdown(rows):
+    """A table whose columns line up on a screen as well; the first row is its head, numbers have one decimal."""
 
+    def text(cell):
+        if isinstance(cell, float):
+            return "-" if np.isnan(cell) else f"{cell:.1f}"
+        return "-" if cell is None else str(cell)
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table whose columns line up on a screen as well; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rows = [[text(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def report(samples: Split, trained: dict, entry: dict) -> str:
+def report(samples, trained, entry):
     """What the model is, how it does, beside the paper's number, and class by class."""
+    benchmark, steps = BENCHMARKS[trained["benchmark"]], trained["recipe"]["steps"]
     fusion = f"{trained['auxiliary']} at stride {trained['stride']}, fusion {trained['fusion']}"
     fusion = "alone" if trained["fusion"] == "none" else fusion
-    benchmark, steps = BENCHMARKS[trained["benchmark"]], trained["recipe"]["steps"]
     title = f"{trained['master']}, {fusion}, {steps} steps on {benchmark.trains_on}, seed {trained['seed']}; percent"
     title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in trained["weights"].items() if w == "none")
-    paper = f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}" if benchmark.paper != "-" else ""
-    where = f"{trained['benchmark']}, {entry['images']} of {len(samples)} images{paper}"
-    scores = entry["scores"]
-    table = markdown([list(scores), [f"{value:.1f}" for value in scores.values()]])
-    return "\n".join([f"{title}\n", f"{where}\n", table, markdown(class_rows(entry))])
+    where = f"{trained['benchmark']}, {entry['images']} of {len(samples)} images"
+    where += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}"
+    scores = markdown([entry["scores"].keys(), entry["scores"].values()])
+    by_class = {m.removeprefix("m"): entry[MEASURES[m]]["per_class"] for m in benchmark.measures}
+    names = dict.fromkeys(name for column in by_class.values() for name in column)
+    rows = [[name, *(column.get(name) for column in by_class.values())] for name in names]
+    return f"{title}\n\n{where}\n\n{scores}\n{markdown([['class', *by_class], *rows])}"
 
 
-def compare(folders: tuple[Path, ...]) -> str:
+def compare(folders):
     """A row a run with its scores, then every benchmark beside the paper's number."""
-    runs = []
+    table, best, shown = [], defaultdict(list), ("mIoU", "boundary_mIoU", "AP", "PQ")
     for folder in folders:
-        if not (folder / "results.json").is_file():
-            print(f"left out: {folder} has no results.json, which 05_eval.py writes for a trained run")
-            continue
         try:
             results = run.read_stage(folder, "results.json", "05_eval.py")
             ((benchmark, entry),) = results["benchmarks"].items()
-            runs.append((folder.name, benchmark, results["model"], entry["scores"]))
-        except UserError as error:
-            print(f"left out: {error}")
-        except (KeyError, TypeError, ValueError):
-            print(f"left out: {folder}/results.json is of another version: run 05_eval.py again")
-    need(runs, "none of these folders holds results: run 05_eval.py on them first")
-    names = list(dict.fromkeys(name for *_, scores in runs for name in scores))
-    names = [name for name in names if name in ("mIoU", "boundary_mIoU", "AP", "PQ")]
-    short = ["b_mIoU" if name == "boundary_mIoU" else name for name in names]
-    rows = [["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", *short]]
-    for name, benchmark, model, scores in sorted(runs, key=lambda entry: (entry[1], entry[2]["stride"])):
-        fused = model["fusion"] != "none"
-        pair = [model["auxiliary"], str(model["stride"])] if fused else ["-", "-"]
-        modes = f"{model['fusion']} {model['master_mode']}" + (f"/{model['aux_mode']}" if fused else "")
-        numbers = ["-" if scores.get(name) is None else f"{scores[name]:.1f}" for name in names]
-        what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in (name, benchmark, model["master"], *pair)]
-        rows.append([*what, modes, str(model["steps"]), *numbers])
+            model, scores = results["model"], entry["scores"]
+            pair, modes = [model["auxiliary"], str(model["stride"])], f"{model['master_mode']}/{model['aux_mode']}"
+            if model["fusion"] == "none":
+                pair, modes = ["-", "-"], model["master_mode"]
+            what = [folder.resolve().name, benchmark, model["master"], *pair]
+            what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in what]
+            row = [*what, f"{model['fusion']} {modes}", model["steps"], *(scores.get(name) for name in shown)]
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            print(f"left out: {folder} holds no results.json of this version: run 05_eval.py --run {folder}")
+            continue
+        table.append(row)
+        best[benchmark].append(scores)
+    need(table, "none of these folders holds results: run 05_eval.py on them first")
+    head = ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]
+    table.sort(key=lambda row: row[1])
     paper = [["benchmark", "score", "paper", "here, best"]]
     for name, benchmark in BENCHMARKS.items():
-        best = []
-        for measure in benchmark.measures:
-            ours = [scores[measure] for _, ran, _, scores in runs if ran == name and scores.get(measure) is not None]
-            best.append(f"{max(ours):.1f}" if ours else "-")
-        paper.append([name, ", ".join(benchmark.measures), benchmark.paper, ", ".join(best)])
-    return f"{markdown(rows)}\n{markdown(paper)}"
+        here = [max((s[m] for s in best[name] if s.get(m) is not None), default=None) for m in benchmark.measures]
+        here = ", ".join("-" if score is None else f"{score:.1f}" for score in here)
+        paper.append([name, ", ".join(benchmark.measures), benchmark.paper, here])
+    return f"{markdown([head, *table])}\n{markdown(paper)}"
 
 
-# ---------------------------------------------------------------------------------------------- the stage
-
-
-def load_trained(folder: Path) -> tuple[FusedModel, dict]:
+# ------------------------------------------------------------------ the stage
+def load_trained(folder):
     """The model of a run's checkpoint and what it was trained with: 04_train.py's Training, as a dictionary."""
     path, again = folder / "checkpoint.pt", f"run `{run.command('04_train.py', folder)}`"
     need(path.is_file(), f"{path} is missing: {again} first")
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): {again} again") from None
-    try:
         trained, step = checkpoint["settings"], checkpoint["step"]
         if step < trained["recipe"]["steps"]:
             print(f"WARNING: {path} holds step {step} of {trained['recipe']['steps']}: training is not finished")
             trained["recipe"]["steps"] = step  # what is reported is what was trained
         model = build_model(trained, weights={})
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint of this project's model ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # torch raises many types for a damaged file
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise UserError(f"{path} is no checkpoint of this project's model ({reason}): {again} again") from None
     return model, trained
 
 
-def draw_folder(model: FusedModel, trained: dict, settings: Settings) -> None:
-    """predictions/<picture>.png for each picture of a folder."""
+def draw_folder(model, trained, settings):
+    """predictions/<picture>.png for each picture of a folder, its sub-folders kept."""
     folder = settings.run / "predictions"
-    for name in tqdm(list_pictures(settings.images), "predicting", unit="picture"):
+    for name in tqdm(datasets.list_pictures(settings.images), "predicting", unit="picture"):
         try:
-            image = read_image(settings.images / name)
+            image = datasets.read_image(settings.images / name)
         except UserError as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
@@ -394,22 +336,14 @@ def draw_folder(model: FusedModel, trained: dict, settings: Settings) -> None:
     print(f"wrote {folder}/")
 
 
-def next_command(folder: Path, trained: dict) -> str:
-    if trained["fusion"] == "none":
-        return "python 05_eval.py --compare runs/*"
-    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
-    return f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
-
-
 def main():
     settings = run.parse(__doc__, Settings)
-    need(not (settings.images and settings.compare), "--images and --compare are two things to do: give one")
-    other = (settings.images or settings.compare) and (settings.limit or settings.save_predictions)
-    need(not other, "--limit and --save-predictions go with an evaluation, not with --images or --compare")
+    folder, scored = settings.run, settings.limit or settings.save_predictions
+    wrong = "--limit and --save-predictions go with an evaluation, not with --images or --compare"
+    need(not (scored and (settings.images or settings.compare)), wrong)
     if settings.compare:
         print(compare(settings.compare))
         return
-    folder = settings.run
     asked = run.read_stage(folder, "run.json", "01_extract.py")
     model, trained = load_trained(folder)
     if settings.images:
@@ -417,32 +351,35 @@ def main():
         return
 
     benchmark = trained["benchmark"]
-    samples = open_split(benchmark, settings.data or Path(asked["data"]), "val")
+    samples = datasets.open_split(benchmark, settings.data or Path(asked["data"]), "val")
     fits = [category.name for category in samples.categories] == trained["class_names"]
     need(fits, f"the model was trained on other classes than those of {samples.root}")
     count = min(len(samples), settings.limit or len(samples))
-    indices = [i * len(samples) // count for i in range(count)]
-    part = f"_limit{count}" if count < len(samples) else ""  # a look at some never takes the place of all
-    submission = folder / f"submission{part}" / benchmark if settings.save_predictions else None
-    if submission:
-        shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
+    indices = run.evenly_spaced(range(len(samples)), count)
+    some = f"_limit{count}" if count < len(samples) else ""  # a look at some never takes the place of all
+    submission = folder / f"submission{some}" / benchmark if settings.save_predictions else None
     results = evaluate(model, samples, trained["recipe"]["test_size"], settings, indices, submission)
 
     entry = {"images": count, "scores": headline(results, samples.categories), **results}
-    keys = ("benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights")
+    keys = ["benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights"]
     what = {key: trained[key] for key in keys} | {"steps": trained["recipe"]["steps"]}
-    run.write_json(folder / f"results{part}.json", {"model": what, "benchmarks": {benchmark: entry}})
+    run.write_json(folder / f"results{some}.json", {"model": what, "benchmarks": {benchmark: entry}})
     text = report(samples, trained, entry)
-    with run.whole_file(folder / f"results{part}.md") as temporary:
+    with run.whole_file(folder / f"results{some}.md") as temporary:
         temporary.write_text(text)
-    rows = [drawing(model, trained, samples[i], settings.device) for i in indices[:: max(1, count // 3)][:3]]
-    figures.draw_predictions(folder / f"predictions{part}.png", rows, trained["class_names"])
-    saved = f", submission{part}/" if submission else ""
-    print(f"\n{text}\nwrote results{part}.json, results{part}.md, predictions{part}.png{saved} in {folder}")
-    print(f"next: {next_command(folder, trained)}")
+    rows = [drawing(model, trained, samples[i], settings.device) for i in run.evenly_spaced(indices, 3)]
+    figures.draw_predictions(folder / f"predictions{some}.png", rows, trained["class_names"])
+    saved = f", submission{some}/" if submission else ""
+    print(f"\n{text}\nwrote results{some}.json, results{some}.md, predictions{some}.png{saved} in {folder}")
+    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
+    alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
+    print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")
 
 
-# ---------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------ scores
+def mean(values):
+    """Of the numbers that are not NaN; NaN if there are none."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
 
 class SemanticScore:
@@ -452,52 +389,33 @@ class SemanticScore:
     that are not of the class (Boundary IoU, Cheng et al. 2021). Void is cut out of truth and prediction alike.
     """
 
-    def __init__(self, class_names: list[str]):
+    def __init__(self, class_names):
         self.names = class_names
         size = len(class_names) + 1  # void comes last
-        self.confusion = np.zeros((size, size), np.int64)  # [truth, prediction]
-        self.near = np.zeros((size, size), np.int64)  # the same where both are boundary
-        self.boundary = np.zeros((2, size), np.int64)  # boundary pixels of each class in truth, prediction
+        self.confusion = np.zeros((2, size, size), np.int64)  # [everywhere or boundary, truth, prediction]
 
-    def update(self, pred: torch.Tensor, target: torch.Tensor) -> None:
+    def update(self, pred, target):
         """pred int [H, W] of class indices; target the same, 255 where it does not count."""
-        void, size = len(self.names), len(self.confusion)
-        target = target.numpy().astype(np.uint8)
-        counts = target != 255
-        target = np.where(counts, target, void).astype(np.uint8)
-        pred = np.where(counts, pred.numpy(), void).astype(np.uint8)
-        self.confusion += count_pairs(target, pred, (size, size))
-        distance = max(1, round(0.02 * np.hypot(*target.shape)))
-        edges = [self.is_boundary(labels, distance) for labels in (target, pred)]
-        both = edges[0] & edges[1]
-        self.near += count_pairs(target[both], pred[both], (size, size))
-        for row, labels, edge in zip(self.boundary, (target, pred), edges, strict=True):
-            row += np.bincount(labels[edge], minlength=size)
+        void, counts = len(self.names), target.numpy() != 255
+        both = [np.where(counts, labels.numpy(), void).astype(np.uint8) for labels in (target, pred)]
+        edges = [np.where(self.is_boundary(labels), labels, void) for labels in both]
+        self.confusion += [count_pairs(*maps, self.confusion.shape[1:]) for maps in (both, edges)]
 
     @staticmethod
-    def is_boundary(labels: np.ndarray, distance: int) -> np.ndarray:
-        """Pixels with another label, or the image's end, at most `distance` away in both axes: bool [H, W]."""
-        window = 2 * distance + 1
+    def is_boundary(labels):
+        """Pixels with another label, or the image's end, at most 2 % of the diagonal away in both axes: bool [H, W]."""
+        window = 2 * max(1, round(0.02 * np.hypot(*labels.shape))) + 1
         highest = ndimage.maximum_filter(labels, window, mode="constant", cval=255)  # beyond the end: no class
         return highest != ndimage.minimum_filter(labels, window, mode="constant", cval=255)
 
-    def result(self) -> dict:
+    def result(self):
         """mIoU, boundary_mIoU and per_class (IoU) in percent; a class absent from the truth is NaN and left out."""
-        truth, predicted = self.confusion[:-1].sum(1), self.confusion[:, :-1].sum(0)
-        results = []
-        for hit, union in [
-            (np.diag(self.confusion)[:-1], truth + predicted - np.diag(self.confusion)[:-1]),
-            (np.diag(self.near)[:-1], self.boundary.sum(0)[:-1] - np.diag(self.near)[:-1]),
-        ]:
-            iou = np.where(truth > 0, 100 * hit / np.maximum(union, 1), np.nan)
-            results.append((mean(iou), dict(zip(self.names, iou.tolist(), strict=True))))
-        (miou, per_class), (boundary_miou, _) = results
-        return {"mIoU": miou, "boundary_mIoU": boundary_miou, "per_class": per_class}
-
-
-def mean(values: np.ndarray) -> float:
-    """Of the numbers that are not NaN; NaN if there are none."""
-    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+        hit = self.confusion.diagonal(axis1=1, axis2=2)  # [2, classes and void]
+        union = self.confusion.sum(1) + self.confusion.sum(2) - hit
+        absent = self.confusion[0].sum(1) == 0
+        iou, boundary = np.where(absent, np.nan, 100 * hit / np.maximum(union, 1))[:, :-1]
+        per_class = dict(zip(self.names, iou.tolist(), strict=True))
+        return {"mIoU": mean(iou), "boundary_mIoU": mean(boundary), "per_class": per_class}
 
 
 class CityscapesInstanceScore:
@@ -510,115 +428,86 @@ class CityscapesInstanceScore:
     OVERLAPS = np.arange(0.5, 1.0, 0.05)
     SMALLEST = 100  # pixels; smaller instances are neither wanted nor wrong
 
-    def __init__(self, label_ids: dict[str, int] | list[int]):
+    def __init__(self, label_ids):
         self.ids = label_ids if isinstance(label_ids, dict) else {label: label for label in label_ids}
-        self.scored = {(label, k): [] for label in self.ids.values() for k in range(len(self.OVERLAPS))}
-        self.missed = np.zeros((max(self.ids.values()) + 1, len(self.OVERLAPS)), int)  # instances nobody found
-        self.truths = defaultdict(int)  # {label id: instances that count}
+        self.wanted = Counter()  # {label id: instances that count}
+        # {label id: for each image scores [P], and at each threshold [P, K]: is it right? does it count?}
+        self.scored = defaultdict(list)
 
-    def update(
-        self,
-        masks: torch.Tensor,
-        labels: torch.Tensor,
-        scores: torch.Tensor,
-        instance_ids: torch.Tensor,
-        weights: torch.Tensor | None = None,
-    ) -> None:
+    def update(self, masks, labels, scores, instance_ids, weights=None):
         """masks bool [N, H, W], labels int64 [N] (raw ids), scores float [N], instance_ids int64 [H, W].
 
         With weights, float [H, W], areas and overlaps are sums of them.
         """
-        ids, weights = instance_ids.numpy(), None if weights is None else weights.numpy()
-        values, places = compact(ids)  # [V], [H, W]
-        values = np.array(values)
-        true_area = np.bincount(places.ravel(), None if weights is None else weights.ravel())  # [V]
-        overlap = np.array([self.areas(mask, places, weights, len(values)) for mask in masks.numpy()])  # [N, V]
-        overlap = overlap.reshape(len(masks), len(values))
+        values, places = compact(instance_ids.numpy())  # [V], [H, W]
+        values, places = np.array(values), places.ravel()
+        weights = None if weights is None else weights.numpy().ravel()
+
+        def areas(pixels):  # of each value among these pixels: [V]
+            return np.bincount(places[pixels], None if weights is None else weights[pixels], len(values))
+
+        true_area, overlap = areas(...), [areas(np.flatnonzero(mask)) for mask in masks.numpy()]
+        overlap = np.array(overlap, float).reshape(len(masks), len(values))  # [N, V]
         area, labels, scores = overlap.sum(1), labels.numpy(), scores.double().numpy()
         classes = np.where(values >= 1000, values // 1000, values)
         classes[classes == 34] = 11  # KITTI-360's garages are buildings
-        void = np.isin(values, CITYSCAPES_VOID)
+        void = np.isin(values, datasets.CITYSCAPES_VOID)
+        surest_first = np.argsort(-scores, kind="stable")
 
         for label in self.ids.values():
-            mine, true = (labels == label) & ~np.isclose(area, 0), classes == label
-            confidence, shared = scores[mine], overlap[mine][:, true]  # [P], [P, T]
+            mine, true = surest_first[(labels == label)[surest_first]], classes == label
+            mine = mine[~np.isclose(area[mine], 0)]
+            shared = overlap[mine][:, true]  # [P, T]
             iou = shared / (area[mine][:, None] + true_area[true] - shared)
             group, small = values[true] < 1000, true_area[true] < self.SMALLEST
-            wanted = ~group & ~small
             excused = overlap[mine][:, void].sum(1) + (shared * (group.astype(int) + small)).sum(1)
-            self.truths[label] += wanted.sum()
-            for k, threshold in enumerate(self.OVERLAPS):
-                over = iou > threshold  # [P, T]; at most one in a row, as thresholds are not below one half
-                false = ~over.any(1) & (excused / area[mine] <= threshold)
-                over = over[:, wanted]
-                self.missed[label, k] += (~over.any(0)).sum()
-                right = np.zeros(len(confidence), bool)  # of those that found one instance, the surest
-                if right.size:
-                    right[np.where(over, confidence[:, None], -np.inf).argmax(0)[over.any(0)]] = True
-                chosen = over.any(1) | false
-                self.scored[label, k].append((confidence[chosen], right[chosen]))
+            over = iou[..., None] > self.OVERLAPS  # [P, T, K]; at most one T each: thresholds are not below one half
+            false = ~over.any(1) & ((excused / area[mine])[:, None] <= self.OVERLAPS)
+            over = over[:, ~group & ~small]
+            right = (over & (over.cumsum(0) == 1)).any(1)  # of those that found one instance, the surest
+            self.scored[label].append((scores[mine], right, over.any(1) | false))
+            self.wanted[label] += over.shape[1]
 
-    @staticmethod
-    def areas(mask: np.ndarray, places: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
-        """How much of a mask, bool [H, W], lies on each of `count` places: float [count]."""
-        rows = np.flatnonzero(mask.any(1))
-        if not len(rows):
-            return np.zeros(count)
-        columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(0))
-        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        inside = mask[box]
-        return np.bincount(places[box][inside], None if weights is None else weights[box][inside], count).astype(float)
-
-    def result(self) -> dict:
+    def result(self):
         """AP, AP50 and per_class (AP by name or id) in percent; a class absent from the truth is NaN and left out."""
         table = np.full((len(self.ids), len(self.OVERLAPS)), np.nan)
         for row, label in zip(table, self.ids.values(), strict=True):
-            for k in range(len(self.OVERLAPS)):
-                if self.truths[label]:
-                    row[k] = 100 * self.average_precision(self.scored[label, k], self.missed[label, k])
+            if self.wanted[label]:
+                scores, right, counts = (np.concatenate(parts) for parts in zip(*self.scored[label], strict=True))
+                for k, here in enumerate(counts.T):
+                    row[k] = 100 * self.average_precision(scores[here], right[here, k], self.wanted[label])
         per_class = {name: float(row.mean()) for name, row in zip(self.ids, table, strict=True)}
         return {"AP": mean(table), "AP50": mean(table[:, 0]), "per_class": per_class}
 
     @staticmethod
-    def average_precision(scored: list, missed: int) -> float:
+    def average_precision(scores, right, wanted):
         """Area under the precision-recall curve, one point for each score that occurs."""
-        scores, right = (np.concatenate(parts) for parts in zip(*scored, strict=True))
-        if not len(scores):
-            return 0.0
-        order = scores.argsort()
-        _, first = np.unique(scores[order], return_index=True)  # predictions from here on are counted at this point
-        below = np.append(right[order].cumsum(), 0)[first - 1]  # right ones that fall under the score
-        hits = right.sum() - below
-        precision = np.append(hits / (len(scores) - first), 1.0)
-        recall = np.append(hits / (right.sum() + missed), 0.0)
-        around = np.concatenate([recall[:1], recall, [0.0]])
-        return float(precision @ (around[:-2] - around[2:]) / 2)
+        order = np.argsort(-scores)
+        last = np.flatnonzero(np.diff(scores[order], append=-1))  # of each score that occurs
+        hits = right[order].cumsum()[last]
+        precision, recall = np.append(1, hits / (last + 1)), np.append(0, hits / wanted)
+        around = np.pad(recall, 1, mode="edge")
+        return float(precision @ (around[2:] - around[:-2]) / 2)
 
 
 class CocoInstanceScore:
     """COCO's mask AP by pycocotools. annotations: path of a COCO instances JSON."""
 
-    def __init__(self, annotations: Path):
+    def __init__(self, annotations):
         self.annotations = annotations
-        self.image_ids, self.detections = [], []
+        self.image_ids, self.detections = [], []  # the latter as COCO's results JSON has them
 
-    def update(self, image_id: int, masks: torch.Tensor, category_ids: torch.Tensor, scores: torch.Tensor) -> None:
+    def update(self, image_id, masks, category_ids, scores):
         """masks bool [N, H, W], category_ids int64 [N] as in the annotations, scores float [N]."""
         self.image_ids.append(image_id)
         for mask, category, score in zip(masks, category_ids.tolist(), scores.tolist(), strict=True):
             if mask.any():
                 code = rle.encode(np.asfortranarray(mask.numpy(), np.uint8))
+                code["counts"] = code["counts"].decode()
                 entry = {"image_id": image_id, "category_id": category, "segmentation": code, "score": score}
                 self.detections.append(entry)
 
-    def as_results(self) -> list[dict]:
-        """The detections in the form of COCO's results JSON."""
-        return [
-            entry | {"segmentation": entry["segmentation"] | {"counts": entry["segmentation"]["counts"].decode()}}
-            for entry in self.detections
-        ]
-
-    def result(self) -> dict:
+    def result(self):
         """AP, AP50, AP75, APs, APm, APl and per_class (by name) in percent; NaN where there is no truth."""
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(self.annotations))
@@ -629,74 +518,64 @@ class CocoInstanceScore:
             evaluation.accumulate()
             evaluation.summarize()
         percent = np.where(evaluation.stats[:6] > -1, 100 * evaluation.stats[:6], np.nan).tolist()
-        result = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), percent, strict=True)) | {"per_class": {}}
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] for all sizes, 100 detections
-        for index, category in enumerate(evaluation.params.catIds):
-            values = precision[:, :, index][precision[:, :, index] > -1]
-            ap = 100 * values.mean() if len(values) else np.nan
-            result["per_class"][truth.cats[category]["name"]] = float(ap)
-        return result
+        precision = evaluation.eval["precision"][..., 0, -1]  # [IoU, recall, class] for all sizes, 100 detections
+        precision = np.where(precision > -1, 100 * precision, np.nan)
+        names = [truth.cats[category]["name"] for category in evaluation.params.catIds]
+        per_class = {name: mean(precision[..., i]) for i, name in enumerate(names)}
+        return dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), percent, strict=True), per_class=per_class)
 
 
 class PanopticScore:
     """Panoptic quality by the rules of COCO's panopticapi; categories: [{"id", "isthing", "name"}].
 
-    PQ = sum of IoU over TP / (TP + FP/2 + FN/2), for each class, then the mean. A predicted and a true segment of one
-    class match if their IoU, void left out of the union, is above 0.5.
+    PQ = sum of IoU over TP / (TP + FP/2 + FN/2), for each class, then the mean; the divisor is half of all segments,
+    true and predicted. Two of one class match if their IoU, void left out of the union, is above 0.5.
     """
 
-    def __init__(self, categories: list[dict]):
-        self.categories = {category["id"]: category for category in categories}
-        self.iou, self.tp, self.fp, self.fn = (defaultdict(float) for _ in range(4))  # by category id
+    def __init__(self, categories):
+        self.categories = categories
+        self.iou, self.matches, self.segments = Counter(), Counter(), Counter()  # by category id
 
-    def update(
-        self, pred_ids: torch.Tensor, pred_segments: list[dict], true_ids: torch.Tensor, true_segments: list[dict]
-    ) -> None:
+    def update(self, pred_ids, pred_segments, true_ids, true_segments):
         """ids int [H, W], 0 void; segments [{"id", "category_id"(, "iscrowd" in the truth)}]."""
-        predicted = {segment["id"]: segment["category_id"] for segment in pred_segments}
+        predicted = {s["id"]: s["category_id"] for s in pred_segments}
         true = {s["id"]: s["category_id"] for s in true_segments if not s.get("iscrowd")}
         crowds = {s["category_id"]: s["id"] for s in true_segments if s.get("iscrowd")}
         pred_values, pred_places = compact(pred_ids.numpy())  # ids may be large and far apart
         true_values, true_places = compact(true_ids.numpy())
         pairs = count_pairs(pred_places, true_places, (len(pred_values), len(true_values)))
-        overlap = {(pred_values[i], true_values[j]): int(pairs[i, j]) for i, j in zip(*pairs.nonzero(), strict=True)}
-        pred_area, true_area = defaultdict(int), defaultdict(int)
-        for (p, t), area in overlap.items():
-            pred_area[p] += area
-            true_area[t] += area
+        pred_area = Counter(dict(zip(pred_values, pairs.sum(1).tolist(), strict=True)))
+        true_area = Counter(dict(zip(true_values, pairs.sum(0).tolist(), strict=True)))
+        overlap = Counter({(pred_values[i], true_values[j]): int(pairs[i, j]) for i, j in np.argwhere(pairs)})
 
-        matched_pred, matched_true = set(), set()
-        for (p, t), area in overlap.items():
+        matched = set()
+        for (p, t), shared in overlap.items():
             if p == 0 or t not in true or predicted[p] != true[t]:  # void and crowds match nothing
                 continue
-            union = pred_area[p] + true_area[t] - area - overlap.get((p, 0), 0)
-            if area / union > 0.5:
-                matched_pred.add(p)
-                matched_true.add(t)
-                self.iou[true[t]] += area / union
-                self.tp[true[t]] += 1
-        for t, category in true.items():
-            self.fn[category] += t not in matched_true
+            iou = shared / (pred_area[p] + true_area[t] - shared - overlap[p, 0])
+            if iou > 0.5:
+                matched.add(p)
+                self.iou[true[t]] += iou
+                self.matches[true[t]] += 1
+        self.segments.update(true.values())
         for p, category in predicted.items():
             # A prediction that lies mostly on void or on a crowd of its class is no false positive.
-            excused = overlap.get((p, 0), 0) + overlap.get((p, crowds.get(category)), 0)
-            if p not in matched_pred and excused <= 0.5 * pred_area[p]:
-                self.fp[category] += 1
+            excused = overlap[p, 0] + overlap[p, crowds.get(category)]
+            self.segments[category] += p in matched or excused <= 0.5 * pred_area[p]
 
-    def result(self) -> dict:
+    def result(self):
         """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; NaN, and left out, is a class that
         neither truth nor predictions hold: as in panopticapi, predictions of a class that is not there count."""
-        rows = {}
-        for category, entry in self.categories.items():
-            tp, weight = self.tp[category], self.tp[category] + (self.fp[category] + self.fn[category]) / 2
-            sq = 100 * self.iou[category] / max(tp, 1) if weight else np.nan
-            rq = 100 * tp / weight if weight else np.nan
-            rows[category] = (sq * rq / 100, sq, rq, bool(entry["isthing"]))
-        table = np.array(list(rows.values()), float)  # [category, (PQ, SQ, RQ, is it a thing?)]
-        parts = {"PQ": table[:, 0], "SQ": table[:, 1], "RQ": table[:, 2]}
-        parts |= {"PQ_th": table[table[:, 3] == 1, 0], "PQ_st": table[table[:, 3] == 0, 0]}
-        result = {name: mean(values) for name, values in parts.items()}
-        return result | {"per_class": {self.categories[c]["name"]: row[0] for c, row in rows.items()}}
+        rows = []
+        for category in self.categories:
+            matches, segments = self.matches[category["id"]], self.segments[category["id"]]
+            sq = 100 * self.iou[category["id"]] / max(matches, 1) if segments else np.nan
+            rq = 200 * matches / segments if segments else np.nan
+            rows.append((sq * rq / 100, sq, rq))
+        table, isthing = np.array(rows), np.array([bool(category["isthing"]) for category in self.categories])
+        result = dict(zip(("PQ", "SQ", "RQ"), map(mean, table.T), strict=True))
+        result |= {"PQ_th": mean(table[isthing, 0]), "PQ_st": mean(table[~isthing, 0])}
+        return result | {"per_class": {c["name"]: row[0] for c, row in zip(self.categories, rows, strict=True)}}
 
 
 if __name__ == "__main__":

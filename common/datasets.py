@@ -36,9 +36,7 @@ from common.run import UserError, need
 PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
-# ---------------------------------------------------------------------------------------------- classes
-
-
+# ------------------------------------------------------------------ classes
 class Category(NamedTuple):
     id: int  # in the data set's own files
     name: str
@@ -60,9 +58,7 @@ SYNTHIA = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- benchmarks
-
-
+# ------------------------------------------------------------------ benchmarks
 @dataclass(frozen=True)
 class Benchmark:
     trains_on: str  # folder under the data root, and split
@@ -110,9 +106,7 @@ def open_split(name: str, data: Path, part: str) -> "Split":
     return Split(benchmark, data, where, benchmark.measures if part == "val" else ())
 
 
-# ---------------------------------------------------------------------------------------------- readers
-
-
+# ------------------------------------------------------------------ readers
 class Labels(NamedTuple):
     ids: np.ndarray  # int32 [H, W]
     class_of: dict  # {id: what the data set calls its class}; pixels of other ids are void
@@ -328,9 +322,7 @@ def ade20k_categories(table: Path) -> list[Category]:
         raise UserError(f"{table}: a line is Idx, Ratio, Train, Val and Name with tabs between") from None
 
 
-# ---------------------------------------------------------------------------------------------- COCO
-
-
+# ------------------------------------------------------------------ COCO
 class CocoIndex:
     """What COCO's JSON says of a split. The annotations of all images are one long array of bytes, which forked workers
     share, where millions of Python objects would be copied bit by bit."""
@@ -400,9 +392,7 @@ class CocoIndex:
         return rles, categories, crowds
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
+# ------------------------------------------------------------------ files
 def below(root: Path, path: str, table: Path) -> str:
     """The path as it stands; UserError if it leads out of root."""
     outside = Path(path).is_absolute() or ".." in Path(path).parts
@@ -451,9 +441,7 @@ def colour_ids(file: Path) -> np.ndarray:
     return red + 256 * green + 65536 * blue
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
+# ------------------------------------------------------------------ pictures
 def list_pictures(folder: Path) -> list[str]:
     """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
     need(folder.is_dir(), f"there is no folder {folder}")

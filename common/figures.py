@@ -23,9 +23,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = {"noise": (0, (1, 1.5)), "image": (0, (6, 2)), "shifted": (0, (5, 1.5, 1, 1.5))}
 
 
-# ---------------------------------------------------------------------------------------------- frames
-
-
+# ------------------------------------------------------------------ frames
 def grid(images: list[torch.Tensor], columns: int, inches: float, gap: float = 0):
     """A figure with a row of `columns` panels for each image [3, H, W], in its shape; gap: inches for titles."""
     shapes = [image.shape[1] / image.shape[2] for image in images]
@@ -44,9 +42,7 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------- features.png
-
-
+# ------------------------------------------------------------------ features.png
 def draw_features(path: Path, images: list, maps: dict[str, list[dict]], random_weights: list[str]) -> None:
     """Rows of pictures, columns of encoders and native strides; a map's first three principal components as RGB.
 
@@ -79,9 +75,7 @@ def principal_colours(maps: list[torch.Tensor]) -> list[np.ndarray]:
     return [piece.reshape(*m.shape[1:], 3) for piece, m in zip(pieces, maps, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------- edges.png
-
-
+# ------------------------------------------------------------------ edges.png
 def draw_edges(path: Path, rows: list) -> None:
     """Rows of pictures: the image with its edges' centreline, then each encoder's edges by the zone they lie in.
 
@@ -115,9 +109,7 @@ def draw_edges(path: Path, rows: list) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------- metrics.png
-
-
+# ------------------------------------------------------------------ metrics.png
 def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> None:
     """SC, EF and EF_CC over stride for each source of metrics.json, 95 % intervals shaded, controls in grey.
 
@@ -152,9 +144,7 @@ def draw_profiles(path: Path, metrics: dict, selection: dict | None = None) -> N
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------- loss.png
-
-
+# ------------------------------------------------------------------ loss.png
 def draw_loss(path: Path, log: dict[str, np.ndarray], terms: list[str]) -> None:
     """These columns of log.csv over its steps: every step faint, the mean of 50 around it on top."""
     figure, axis = plt.subplots(figsize=(7, 3.5), dpi=130)
@@ -171,9 +161,7 @@ def draw_loss(path: Path, log: dict[str, np.ndarray], terms: list[str]) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------- predictions.png
-
-
+# ------------------------------------------------------------------ predictions.png
 def draw_predictions(path: Path, rows: list, class_names: list[str]) -> None:
     """Rows of pictures: the image, then segments coloured by class over it, each outlined; dark is what none claims.
 

@@ -5,8 +5,6 @@ images [B, 3, H, W] -> FusedPyramid -> maps at output strides 4, 8, 16, 32
                     -> transformer decoder -> for each query, class logits and a mask at output stride 4
 """
 
-import math
-
 import torch
 from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -30,13 +28,7 @@ class FusedPyramid(nn.Module):
     """
 
     def __init__(
-        self,
-        master: Encoder,
-        auxiliary: Encoder | None = None,
-        stride: int = 16,
-        fusion: str = "replace",
-        widths: tuple[int, int, int, int] = (128, 256, 512, 1024),
-        modes: tuple[str, str] = ("ft", "fz"),
+        self, master: Encoder, auxiliary: Encoder | None, stride: int, fusion: str, widths: tuple, modes=("ft", "fz")
     ):
         super().__init__()
         self.master, self.stride = master, stride
@@ -48,10 +40,9 @@ class FusedPyramid(nn.Module):
 
         # What no level needs is dropped: it would cost time, and no gradient would ever reach it.
         self.master.cut(nearest_stride(master.channels, self.own[-1]))
-        if self.auxiliary:
-            self.auxiliary.cut(nearest_stride(auxiliary.channels, stride))
         self.master.requires_grad_(self.train_master)
         if self.auxiliary:
+            self.auxiliary.cut(nearest_stride(auxiliary.channels, stride))
             self.auxiliary.requires_grad_(self.train_auxiliary)
 
         self.projections = nn.ModuleDict()
@@ -126,15 +117,14 @@ class FusedModel(nn.Module):
             train_num_points=recipe["points"],
         )
         whole = Mask2FormerForUniversalSegmentation(config)
-        pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
+        self.pyramid = fused
+        self.pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
         # Built by hand, it is not initialised by the library: the level embedding would be whatever memory held.
-        pixel_decoder.apply(whole._init_weights)
+        self.pixel_decoder.apply(whole._init_weights)
         # As Mask2Former's input projections; the library leaves them at a std of 0.02.
-        for module in pixel_decoder.modules():
+        for module in self.pixel_decoder.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
-        self.pyramid = fused
-        self.pixel_decoder = pixel_decoder
         self.transformer = whole.model.transformer_module
         self.class_predictor = whole.class_predictor
         self.criterion = whole.criterion
@@ -158,19 +148,16 @@ class FusedModel(nn.Module):
         An image may have no segment. Raises FloatingPointError for logits or losses that are not finite, which the
         library's matcher would hide.
         """
-        outputs = [(class_logits.float(), mask_logits.float()) for class_logits, mask_logits in outputs]
-        finite = torch.stack([torch.stack([logits.isfinite().all() for logits in pair]).all() for pair in outputs])
-        for layer, fine in enumerate(finite.tolist()):
-            if not fine:
-                raise FloatingPointError(f"the logits of decoder layer {layer} are not finite")
         total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
-        for class_logits, mask_logits in outputs:
-            terms = self.criterion(mask_logits, class_logits, masks, labels)
+        for layer, (class_logits, mask_logits) in enumerate(outputs):
+            if not (class_logits.isfinite().all() and mask_logits.isfinite().all()):
+                raise FloatingPointError(f"the logits of decoder layer {layer} are not finite")
+            terms = self.criterion(mask_logits.float(), class_logits.float(), masks, labels)
             for name, weight in LOSS_WEIGHTS.items():
                 total[name] = total[name] + weight * terms[f"loss_{name}"]
-        for name, value in zip(total, torch.stack(list(total.values())).tolist(), strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the {name} loss is {value}")
+        for name, value in total.items():
+            if not value.isfinite():
+                raise FloatingPointError(f"the {name} loss is {value.item()}")
         return total
 
 

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -26,9 +25,7 @@ CORES = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # t
 RESAMPLES = 1000  # bootstrap
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
-
-
+# ------------------------------------------------------------------ mistakes
 class UserError(Exception):
     """A mistake that its maker can mend: one line, what was wrong, where, and what to do."""
 
@@ -54,16 +51,14 @@ def start(main) -> None:
         sys.exit(130)
 
 
-def leave_interrupts_to_the_parent(worker: int) -> None:
-    """For DataLoader's worker_init_fn: Ctrl-C or a scheduler's SIGTERM reaches all processes, one is to answer it."""
+def ignore_signals(worker: int) -> None:
+    """For DataLoader's worker_init_fn: Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end
 
 
-# ---------------------------------------------------------------------------------------------- settings
-
-
+# ------------------------------------------------------------------ settings
 def flag(default, help: str = "", **how):
     """A field of a stage's settings block: its default, its help, and what else argparse's add_argument takes."""
     return dataclasses.field(default=default, metadata={"help": help, **how})
@@ -78,13 +73,11 @@ def parse(description: str, block: type, changes: type | None = None):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = dataclasses.fields(block)
     for field in (*own, *(dataclasses.fields(changes) if changes else ())):
-        how, kinds = dict(field.metadata), typing.get_args(field.type) or (field.type,)
+        how = dict(field.metadata)
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
-        elif "type" not in how:
-            how["type"] = kinds[0]  # of "int | None" and of "tuple[int, ...]", int
-            if typing.get_origin(field.type) is tuple:
-                how.setdefault("nargs", "+" if ... in kinds else len(kinds))
+        else:  # of "int | None" and of "tuple[int, ...]", int
+            how.setdefault("type", (typing.get_args(field.type) or (field.type,))[0])
         if field in own and field.default not in (None, (), False):
             shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
             how["help"] = f"{how['help']} (default: {shown})".lstrip()
@@ -101,9 +94,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
+# ------------------------------------------------------------------ files
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Yield a temporary path beside `path`; renamed into place on success, removed on any failure or Ctrl-C."""
@@ -118,16 +109,9 @@ def whole_file(path: Path):
 
 def write_json(path: Path, content) -> None:
     """JSON knows no NaN: a number that does not exist is written as null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(entry) for entry in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_stage(folder: Path, file: str, stage: str) -> dict:
@@ -145,10 +129,9 @@ def command(stage: str, folder: Path, *flags: str) -> str:
     """The shell command that runs a stage on a run folder; stage 1's is the one that made it, kept in run.json."""
     if stage == "01_extract.py" and (folder / "run.json").is_file():
         return read_stage(folder, "run.json", stage)["command"]
-    if folder == Path("runs/toycity"):
-        return shlex.join(["python", stage, *flags])
-    asked = " --benchmark NAME --data FOLDER --encoders NAMES" if stage == "01_extract.py" else ""
-    return shlex.join(["python", stage, "--run", str(folder), *flags]) + asked
+    where = () if folder == Path("runs/toycity") else ("--run", str(folder))
+    asked = " --benchmark NAME --data FOLDER --encoders NAMES" if where and stage == "01_extract.py" else ""
+    return shlex.join(["python", stage, *where, *flags]) + asked
 
 
 def refuse_other_settings(what: Path, old: dict, new: dict, advice: str) -> None:
@@ -158,18 +141,14 @@ def refuse_other_settings(what: Path, old: dict, new: dict, advice: str) -> None
         before, now = old.get(key), new[key]
         if isinstance(before, dict) and isinstance(now, dict):
             before, now = ({k: d[k] for k in d if before.get(k) != now.get(k)} for d in (before, now))
-        elif key == "images" and before:  # a list of thousands: its length, or the first that differs
-            unlike = [pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]]
-            before, now = unlike[0] if len(before) == len(now) else (len(before), len(now))
+        elif isinstance(before, list) and isinstance(now, list):  # perhaps of thousands of pictures
+            before, now = [v for v in before if v not in now][:3], [v for v in now if v not in before][:3]
         differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(now)}")
     need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
 
 
-# ---------------------------------------------------------------------------------------------- what stages hand on
-
-
+# ------------------------------------------------------------------ what stages hand on
 def feature_path(folder: Path, encoder: str, image: str) -> Path:
-    """features/<encoder>/<image>.safetensors, sub-folders as they are."""
     return folder / "features" / encoder / f"{image}.safetensors"
 
 
@@ -183,6 +162,12 @@ def read_features(folder: Path, encoder: str, image: str) -> dict[int, torch.Ten
         problem = f"damaged ({error})" if path.is_file() else "missing"
         again = command("01_extract.py", folder)
         raise UserError(f"feature file {path} is {problem}: run `{again}` again, it makes what is missing") from None
+
+
+def evenly_spaced(items, count: int) -> list:
+    """At most `count` of a sequence's items, from the first on."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def bootstrap(images: int, seed: int) -> np.ndarray:
