@@ -14,7 +14,6 @@ Writes run.json, features/<encoder>/<picture>.safetensors and features.png to th
 import importlib.metadata
 import os
 import shlex
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from common import figures, run
 from common.datasets import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
-from common.encoders import ENCODERS, Encoder, load_encoder, weights_origin
+from common.encoders import ENCODERS, load_encoder, weights_origin
 from common.run import CORES, DEVICES, UserError, flag, need, positive
 
 KINDS = ", ".join(ENCODERS)
@@ -50,7 +49,7 @@ class Settings:
     workers: int = flag(CORES, "helpers beside the main process", type=positive)
 
 
-def choose_weights(encoders: tuple[str, ...], words: tuple[str, ...]) -> dict[str, str]:
+def choose_weights(encoders, words):
     """--weights as {encoder: "pretrained", "none" or a file}; UserError for words that mean nothing here."""
     need(len(set(encoders)) == len(encoders), f"--encoders names one of {', '.join(encoders)} twice")
     weights = dict.fromkeys(encoders, "pretrained")
@@ -66,7 +65,7 @@ def choose_weights(encoders: tuple[str, ...], words: tuple[str, ...]) -> dict[st
 
 
 # ------------------------------------------------------------------ pictures
-def choose_pictures(settings: Settings) -> tuple[Path, list[str]]:
+def choose_pictures(settings):
     """The folder that holds the pictures, and the names below it of those taken."""
     if settings.images:
         root, names = settings.images, list_pictures(settings.images)
@@ -77,7 +76,7 @@ def choose_pictures(settings: Settings) -> tuple[Path, list[str]]:
     return root, run.evenly_spaced(names, settings.limit or few)
 
 
-def read_picture(name: str, root: Path, size: str) -> tuple[str, torch.Tensor | str]:
+def read_picture(name, root, size):
     """A picture at its working size, (name, float32 [3, H, W] in [0, 1]), or (name, why it cannot be used)."""
     path = root / name
     try:
@@ -94,7 +93,7 @@ def read_picture(name: str, root: Path, size: str) -> tuple[str, torch.Tensor | 
         return name, str(error)
 
 
-def lacking(folder: Path, encoder: str, names: list[str]) -> set[str]:
+def lacking(folder, encoder, names):
     """The pictures without a whole feature file; damaged files are named on the screen."""
     todo = set()
     for name in names:
@@ -108,7 +107,7 @@ def lacking(folder: Path, encoder: str, names: list[str]) -> set[str]:
     return todo
 
 
-def open_run(folder: Path, asked: dict) -> dict:
+def open_run(folder, asked):
     """Write run.json, or check that the one there asked for the same, added encoders aside; UserError if not.
 
     A run.json without any feature is from a run that failed at once, on its weights say: it binds nobody.
@@ -132,7 +131,7 @@ def open_run(folder: Path, asked: dict) -> dict:
 
 # ------------------------------------------------------------------ extraction
 @torch.inference_mode()
-def extract(encoders: list[Encoder], todo: dict[str, set], pictures, folder: Path, device: str) -> dict:
+def extract(encoders, todo, pictures, folder, device):
     """One file for each picture and each encoder that lacks it; one picture at a time, as a folder may hold many sizes.
 
     pictures: yields what read_picture returns. Returns {picture: reason} of those that cannot be used.
@@ -144,8 +143,6 @@ def extract(encoders: list[Encoder], todo: dict[str, set], pictures, folder: Pat
                 left_out[name] = image
                 tqdm.write(f"left out: {image}")
                 continue
-            if not writing:
-                need_disk(folder, image, encoders, todo)
             for encoder in (encoder for encoder in encoders if name in todo[encoder.name]):
                 native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
                 maps = {str(stride): feature[0].half().contiguous() for stride, feature in native.items()}
@@ -157,36 +154,23 @@ def extract(encoders: list[Encoder], todo: dict[str, set], pictures, folder: Pat
     return left_out
 
 
-def write(path: Path, maps: dict[str, torch.Tensor]) -> None:
+def write(path, maps):
     """On a GPU, fetching the maps waits for it: here, in the background. Nothing else is computed here, as PyTorch
     would start a second set of threads for this one, and the two would get in each other's way."""
     with run.whole_file(path) as temporary:
         save_file({stride: feature.cpu() for stride, feature in maps.items()}, temporary)
 
 
-def need_disk(folder: Path, image: torch.Tensor, encoders: list[Encoder], todo: dict[str, set]) -> None:
-    """Say how much is still to be written if all pictures are like this one [3, H, W]; UserError if it lacks room."""
-    height, width = image.shape[1:]
-    size, free = 0, shutil.disk_usage(folder).free
-    for encoder in encoders:
-        for stride, channels in encoder.channels.items():
-            size += len(todo[encoder.name]) * 2 * channels * (height // stride) * (width // stride)  # float16
-    tqdm.write(f"{size / 1e9:.2f} GB to write under {folder}")
-    advice = "free some, choose a --run on another disk, or lower --limit or --size"
-    need(free > 1.05 * size, f"{folder} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed: {advice}")
-
-
-def report(folder: Path, found: dict, names: list[str]) -> None:
+def report(folder, found, names):
     """A row for each map of the first picture, and three pictures' maps in colours."""
-    wide = max(12, *map(len, found["encoders"]))
-    print(f"\nmaps of {names[0]}\n{'encoder':{wide}} stride channels         map      mean       std")
     random = [encoder for encoder in found["encoders"] if found["weights"][encoder] == "none"]
+    rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
     for encoder in found["encoders"]:
         for stride, feature in run.read_features(folder, encoder, names[0]).items():
             c, h, w = feature.shape
-            mean, std = feature.float().mean(), feature.float().std()
-            loud = "  RANDOM WEIGHTS" if encoder in random else ""
-            print(f"{encoder:{wide}} {stride:6} {c:8} {f'{h} x {w}':>11} {mean:9.3f} {std:9.3f}{loud}")
+            mean, std = (run.number(value.item(), 3) for value in (feature.float().mean(), feature.float().std()))
+            rows.append([encoder, str(stride), str(c), f"{h} x {w}", mean, std])
+    print(f"\nmaps of {names[0]}\n{run.table(rows)}")
     shown = run.evenly_spaced(names, 3)
     images = [resize_image(read_image(Path(found["root"]) / name), found["size"]) for name in shown]
     maps = {encoder: [run.read_features(folder, encoder, name) for name in shown] for encoder in found["encoders"]}

@@ -67,23 +67,24 @@ def best(values, given=None):
     return values.argmax(-1), ordered[..., -1] - ordered[..., -2]
 
 
-def held_by_hand(settings: Settings, metrics: dict) -> dict[str, int | None]:
+def held_by_hand(settings, metrics):
     """{"master", "auxiliary", "stride": index, or None where the rule chooses}; UserError for what is not there."""
     encoders, folder = metrics["encoders"], settings.run
-    need(
-        len(encoders) > 1, f"a pair needs two encoders and {folder} has only {encoders[0]}: name more in 01_extract.py"
-    )
-    for encoder in filter(None, (settings.master, settings.auxiliary)):
-        need(encoder in encoders, f"{encoder} is not in {folder}: the encoders there are {', '.join(encoders)}")
+    more = f"a pair needs two encoders and {folder} has only {encoders[0]}: name more in 01_extract.py"
+    need(len(encoders) > 1, more)
     twice = settings.master and settings.master == settings.auxiliary
     need(not twice, f"master and auxiliary are both {settings.master}: fusion needs two encoders")
-    parts = {"master": encoders, "auxiliary": encoders, "stride": metrics["strides"]}
-    given = {part: getattr(settings, part) for part in parts}
-    return {part: None if given[part] is None else parts[part].index(given[part]) for part in parts}
+    held = {}
+    for part in ("master", "auxiliary"):
+        encoder = getattr(settings, part)
+        known = encoder in (None, *encoders)
+        need(known, f"{encoder} is not in {folder}: the encoders there are {', '.join(encoders)}")
+        held[part] = encoders.index(encoder) if encoder else None
+    return held | {"stride": metrics["strides"].index(settings.stride) if settings.stride else None}
 
 
 # ------------------------------------------------------------------ scores
-def read_scores(folder: Path, metrics: dict, score: str, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def read_scores(folder, metrics, score, weights):
     """Mean SC and EF over images, one for each row of weights [R, image]: two arrays [R, source, stride]."""
     columns = ("SC", "EF_CC" if score == "EF_SHARE" else score)
     shape = (metrics["images"], len(metrics["scores"]), len(metrics["strides"]))
@@ -101,7 +102,7 @@ def read_scores(folder: Path, metrics: dict, score: str, weights: np.ndarray) ->
     return sc, ef
 
 
-def what_speaks_against(settings: Settings, metrics: dict, choice: dict, ef: np.ndarray) -> list[str]:
+def what_speaks_against(settings, metrics, choice, ef):
     """Warnings; ef [1 + RESAMPLES, source, stride], the first row the plain means."""
     sources, at = list(metrics["scores"]), metrics["strides"].index(choice["stride"])
     encoder, where, edge = choice["auxiliary"], f"at OS {choice['stride']}", ef[:, :, at]
@@ -121,41 +122,33 @@ def what_speaks_against(settings: Settings, metrics: dict, choice: dict, ef: np.
     if (settings.run / "checkpoint.pt").is_file() and (settings.run / "selection.json").is_file():
         before = run.read_stage(settings.run, "selection.json", "03_select.py")
         if any(before[part] != choice[part] for part in choice):
-            trained = "checkpoint.pt here was trained with the selection before this one"
-            warnings.append(f"{trained}: give 04_train.py an --out")
+            warnings.append("checkpoint.pt was trained with the selection before this one: give 04_train.py an --out")
     return warnings
 
 
 # ------------------------------------------------------------------ the stage
-def print_scores(metrics: dict, overall: str, peaking: str) -> None:
+def print_scores(metrics, overall, peaking):
     """The table behind the choice: one score averaged over strides, the other stride by stride, controls last."""
     strides = [str(stride) for stride in metrics["strides"]]
-    wide = max(16, *(len(source) + 2 for source in metrics["scores"]))
-    print(f"\n{'':{wide}}{overall:>11}{peaking:>13}")
-    print(f"{'':{wide}}{'mean':>11}    " + "".join(f"{f'OS {stride}':>9}" for stride in strides))
+    rows = [["", f"{overall}, mean", *(f"{peaking}, OS {stride}" for stride in strides)]]
     for source, profile in metrics["scores"].items():
-        means = [profile[stride][overall]["mean"] for stride in strides]
-        cells = [None if None in means else np.mean(means), *(profile[stride][peaking]["mean"] for stride in strides)]
-        mean, *cells = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
-        kind = "   (control)" if source in metrics["controls"] else ""
-        print(f"{source:{wide}}{mean:>11}    " + "".join(f"{cell:>9}" for cell in cells) + kind)
+        means = {score: [profile[stride][score]["mean"] for stride in strides] for score in (overall, peaking)}
+        mean = None if None in means[overall] else np.mean(means[overall])
+        kind = " (control)" if source in metrics["controls"] else ""
+        rows.append([source + kind, *(run.number(value, 3) for value in (mean, *means[peaking]))])
+    print(f"\n{run.table(rows)}")
 
 
-def report(folder: Path, metrics: dict, selection: dict, overall: str, peaking: str) -> None:
+def report(folder, metrics, selection, overall, peaking):
     """What was chosen and why, how stable that is, and what speaks against it."""
     others = f"highest peak of {peaking} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"
     reasons = {"master": f"highest {overall}, mean over strides", "auxiliary": others, "stride": f"peak of {peaking}"}
     by_hand, stability = selection["chosen_by_hand"], selection["stability"]
-    wide = max(16, *(len(encoder) + 2 for encoder in metrics["encoders"]))
-    print()
     for part, reason in reasons.items():
-        what = f"OS {selection[part]}" if part == "stride" else selection[part]
-        print(f"{part:12}{what:{wide}}{'chosen by hand' if part in by_hand else reason}")
-    fixed = f" ({', '.join(by_hand)} held fixed)" if by_hand else ""
-    print(
-        f"the same pair in {stability['pair']:.0%} of {RESAMPLES} resamples of the {metrics['images']} images, the "
-        f"same stride in {stability['stride']:.0%}, both in {stability['all']:.0%}{fixed}"
-    )
+        print(f"{part:12}{selection[part]:<16}{'chosen by hand' if part in by_hand else reason}")
+    pair, stride, both = (f"{stability[part]:.0%}" for part in ("pair", "stride", "all"))
+    print(f"in {RESAMPLES} resamples of the {metrics['images']} images the same pair in {pair}, stride in {stride}, "
+          f"both in {both}" + (f" ({', '.join(by_hand)} held fixed)" if by_hand else ""))  # fmt: skip
     for warning in selection["warnings"]:
         print(f"WARNING: {warning}")
     print(f"\nwrote selection.json, metrics.png in {folder}")

@@ -30,7 +30,7 @@ import torchvision.transforms.v2.functional as TF
 from pycocotools import mask as rle
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import figures, run
@@ -41,7 +41,7 @@ from common.run import CORES, DEVICES, UserError, flag, need, positive
 
 # torchrun starts WORLD processes, of which this one is number RANK; without it there is one.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOG = ("step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds", "waiting")
+LOG = ("step", "loss", *LOSS_WEIGHTS, "learning_rate", "seconds")
 
 
 # ------------------------------------------------------------------ settings
@@ -62,7 +62,7 @@ class Settings:
     workers: int = flag(CORES, "helpers beside each process", type=positive)
 
 
-def crop_size(text: str) -> tuple[int, int]:
+def crop_size(text):
     sides = tuple(int(side) if side.isdecimal() else 0 for side in text.split("x"))
     right = len(sides) == 2 and min(sides) > 0 and not any(side % 32 for side in sides)
     need(right, f"--crop {text}: expected HEIGHTxWIDTH in pixels, multiples of 32, as 512x1024")
@@ -129,7 +129,7 @@ class Training:
     recipe: Recipe
 
 
-def choose_recipe(benchmark: str, changes: dict, accumulate: int) -> Recipe:
+def choose_recipe(benchmark, changes, accumulate):
     """The benchmark's recipe with what the command line changes; UserError for what cannot be."""
     recipe, steps = RECIPES[benchmark], changes.get("steps", 0)
     need(steps >= 0, f"--steps {steps}: may not be negative")
@@ -142,9 +142,9 @@ def choose_recipe(benchmark: str, changes: dict, accumulate: int) -> Recipe:
     fits = recipe.width % 32 == 0 and recipe.width % recipe.heads == 0
     need(fits, f"--width {recipe.width}: must be a multiple of 32 and of --heads, {recipe.heads}")
     working_size(512, 512, recipe.test_size)  # refuses a size that means nothing
-    parts = f"{WORLD} process(es) with --accumulate {accumulate}"
+    shared = f"{WORLD} process(es) with --accumulate {accumulate}"
     even = recipe.batch % (WORLD * accumulate) == 0
-    need(even, f"a batch of {recipe.batch} cannot be shared evenly by {parts}: change --batch or one of these")
+    need(even, f"--batch {recipe.batch} cannot be shared evenly by {shared}: change one of these")
     return recipe
 
 
@@ -155,16 +155,16 @@ class TrainCrops:
     So the order does not change with the number of workers or processes, and an interrupted training finds its place.
     """
 
-    def __init__(self, samples, recipe: Recipe, seed: int):
+    def __init__(self, samples, recipe, seed):
         self.samples, self.recipe, self.seed = samples, recipe, seed
 
-    def __getitem__(self, n: int) -> dict:
+    def __getitem__(self, n):
         epoch, place = divmod(n, len(self.samples))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
         return augment(self.samples[order[place]], self.recipe, np.random.default_rng((self.seed, 1, n)))
 
 
-def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
+def augment(sample, recipe, rng):
     """Random scale, crop, flip and colours. Void, crowds and what lies outside the crop get no mask.
 
     Returns image float32 [3, h, w] in [0, 1], masks bool [S, h, w], labels int64 [S], and the picture's name; h and w
@@ -199,7 +199,7 @@ def augment(sample: dict, recipe: Recipe, rng: np.random.Generator) -> dict:
     return {"image": image, "masks": masks[seen], "labels": sample["labels"][seen], "name": sample["name"]}
 
 
-def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def jitter_colours(image, rng):
     """Vary brightness, contrast, saturation and hue, each in half of the images, as SSD does (Liu et al. 2016).
 
     image: float32 [3, h, w] in [0, 1].
@@ -217,7 +217,7 @@ def jitter_colours(image: torch.Tensor, rng: np.random.Generator) -> torch.Tenso
     return image
 
 
-def load_micro_batches(samples, training: Training, settings: Settings, first: int):
+def load_micro_batches(samples, training, settings, first):
     """This process's micro-batches from step `first` on; those of all processes, in order of rank, are the batches.
 
     Yields images float32 [b, 3, h, w], and of each: masks float32 [S, h, w], labels int64 [S], name.
@@ -237,7 +237,7 @@ def load_micro_batches(samples, training: Training, settings: Settings, first: i
 
 
 # ------------------------------------------------------------------ training
-def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimiser(model, recipe):
     """AdamW; encoders at `master_rate` of the rate, no weight decay on norms, biases, embeddings, position tables."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables = ("pos_embed", "rel_pos", "relative_position", "level_embed", "_token")
@@ -252,29 +252,23 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, fused=next(model.parameters()).is_cuda)
 
 
-def schedule(step: int, recipe: Recipe) -> float:
+def schedule(step, recipe):
     """What the learning rates are multiplied by in a step, counted from 0."""
     if recipe.drops:
         return 0.1 ** sum(step >= drop for drop in recipe.drops)
     return (1 - step / recipe.steps) ** 0.9
 
 
-def begin(model: nn.Module, recipe: Recipe, checkpoint: dict | None):
-    """What the forward pass goes through, so that processes average their gradients; the optimiser; the first step.
-
-    Model and optimiser are filled from a checkpoint, of whatever device, and it is emptied, as it is as large.
-    """
+def begin(model, recipe, checkpoint):
+    """What the forward pass goes through, so that processes average their gradients; the optimiser; the first step."""
     optimiser, first = make_optimiser(model, recipe), 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        for group in checkpoint["optimiser"]["param_groups"]:
+        for group in checkpoint["optimiser"]["param_groups"]:  # the checkpoint may be another device's
             group["fused"] = optimiser.defaults["fused"]
         optimiser.load_state_dict(checkpoint["optimiser"])
-        for parameter, moments in optimiser.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # a GPU's layout of memory is not a CPU's
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         first = checkpoint["step"]
-        checkpoint.clear()
+        checkpoint.clear()  # it is as large as what it filled
     if WORLD == 1:
         return model, optimiser, first
     dist.all_reduce(total := torch.tensor(first, device=next(model.parameters()).device))
@@ -300,61 +294,57 @@ def collect_signals():
             signal.signal(number, handler)
 
 
-def train(model, samples, training: Training, settings: Settings, folder: Path, checkpoint=None) -> int | None:
+def train(model, samples, training, settings, folder, checkpoint=None):
     """Train for the recipe's steps, or for what is left of them after `checkpoint` (see load_checkpoint).
 
     Leaves checkpoint.pt and log.csv. Returns the signal that ended it early, or None; raises UserError for a loss or
     gradient that is not finite.
     """
     recipe, device, accumulate = training.recipe, settings.device, settings.accumulate
-    layout = torch.channels_last if device == "cuda" else torch.preserve_format
-    model.to(device, memory_format=layout).train()
-    learner, optimiser, first = begin(model, recipe, checkpoint)
+    learner, optimiser, first = begin(model.to(device).train(), recipe, checkpoint)
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
     with collect_signals() as signals, open_log(folder, first) as log:
         for step in bar:
-            # ------------------------------------------------------------------ learning rate
-            began, waiting, terms, pictures = time.perf_counter(), 0.0, 0, []
+            # ---------------------------------------------------------- learning rate
+            began, terms, pictures = time.perf_counter(), 0, []
             for group in optimiser.param_groups:  # "rate" is a group's own at the start
                 group["lr"] = group["rate"] * schedule(step, recipe)
 
             for micro_batch in range(accumulate):
-                # -------------------------------------------------------------- forward
-                asked = time.perf_counter()
+                # ------------------------------------------------------ forward
                 images, masks, labels, names = next(micro_batches)
-                waiting, pictures = waiting + time.perf_counter() - asked, pictures + names
+                pictures += names
                 stopped = f"training stopped in step {step + 1}, images {', '.join(pictures)}"
                 # The loss samples points, and no two micro-batches of a training draw them alike.
                 part = RANK * accumulate + micro_batch
                 torch.manual_seed(training.seed * 1_000_003 + step + (part << 40))
                 learner.require_backward_grad_sync = micro_batch == accumulate - 1  # processes average only then
                 with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    outputs = learner(images.to(memory_format=layout))
-                # -------------------------------------------------------------- loss
+                    outputs = learner(images)
+                # ------------------------------------------------------ loss
                 try:
                     losses = model.losses(outputs, masks, labels)
                 except FloatingPointError as error:
                     raise UserError(f"{stopped}: {error}") from None
                 terms += torch.stack([loss.detach() for loss in losses.values()]) / accumulate
-                # -------------------------------------------------------------- backward
+                # ------------------------------------------------------ backward
                 (sum(losses.values()) / accumulate).backward()
-            # ------------------------------------------------------------------ clip
+            # ---------------------------------------------------------- clip
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             need(norm.isfinite(), f"{stopped}: the gradient is not finite")
-            # ------------------------------------------------------------------ step
+            # ---------------------------------------------------------- step
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            # ------------------------------------------------------------------ log
+            # ---------------------------------------------------------- log
             shared = torch.cat([terms, terms.new_tensor([len(signals)])])
             if WORLD > 1:  # all must agree to stop: one that ended alone would leave the others waiting
                 dist.all_reduce(shared)
             *terms, stop = (shared / WORLD).tolist()
             seconds = time.perf_counter() - began
-            print(step + 1, sum(terms), *terms, group["lr"], seconds, waiting, sep=",", file=log)
-            slow = step > first + 20 and waiting > 0.1 * seconds  # the first steps wait for the workers to start
-            bar.set_postfix_str(f"loss {sum(terms):.2f}" + ", waiting for data: raise --workers" * slow, refresh=False)
-            # ------------------------------------------------------------------ save
+            print(step + 1, sum(terms), *terms, group["lr"], seconds, sep=",", file=log)
+            bar.set_postfix_str(f"loss {sum(terms):.2f}", refresh=False)
+            # ---------------------------------------------------------- save
             last = step + 1 == recipe.steps
             if (step + 1) % recipe.save_every == 0 or last or stop:
                 save_checkpoint(folder, model, optimiser, step + 1, training)
@@ -363,7 +353,7 @@ def train(model, samples, training: Training, settings: Settings, folder: Path, 
 
 
 # ------------------------------------------------------------------ files
-def open_log(folder: Path, first: int):
+def open_log(folder, first):
     """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a" if first else "w", buffering=1)  # noqa: SIM115
@@ -372,7 +362,7 @@ def open_log(folder: Path, first: int):
     return log
 
 
-def read_log(folder: Path) -> dict[str, np.ndarray]:
+def read_log(folder):
     """The columns of log.csv by name, one number a step, of its last row; UserError if it is gone."""
     path = folder / "log.csv"
     try:
@@ -382,7 +372,7 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"training is complete, but {path} is gone or damaged: nothing to report or draw") from None
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, training: Training) -> None:
+def save_checkpoint(folder, model, optimiser, step, training):
     """Schedule, place in the data and random numbers all follow from the step and the seed."""
     content = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
     content |= {"step": step, "settings": asdict(training)}
@@ -393,7 +383,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimiser, step: int, traini
             torch.save(content, temporary)
 
 
-def load_checkpoint(folder: Path, training: Training) -> dict | None:
+def load_checkpoint(folder, training):
     """The folder's checkpoint, or None; UserError if it is damaged or was made with other settings."""
     path = folder / "checkpoint.pt"
     if not path.is_file():
@@ -410,7 +400,7 @@ def load_checkpoint(folder: Path, training: Training) -> dict | None:
 
 
 # ------------------------------------------------------------------ the stage
-def join_processes(device: str) -> None:
+def join_processes(device):
     """Meet the others that torchrun started, each with a GPU of its own where there are some; the first one prints."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -421,7 +411,7 @@ def join_processes(device: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
 
 
-def choose_pair(settings: Settings, selection: dict, folder: Path) -> dict:
+def choose_pair(settings, selection, folder):
     """The selection with what the command line changes; UserError if that is no pair or needs a folder of its own."""
     given = {name: getattr(settings, name) for name in ("master", "auxiliary", "stride")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -436,7 +426,7 @@ def choose_pair(settings: Settings, selection: dict, folder: Path) -> dict:
     return selection
 
 
-def plan(settings: Settings, changes: dict, found: dict, selection: dict) -> tuple[Training, Dataset]:
+def plan(settings, changes, found, selection):
     """What is trained, from run.json, the selection and the command line, and on what; UserError for what cannot be."""
     names = ("master", "auxiliary") if settings.fusion != "none" else ("master",)
     weights = {selection[name]: found["weights"].get(selection[name], "pretrained") for name in names}
@@ -464,31 +454,29 @@ def plan(settings: Settings, changes: dict, found: dict, selection: dict) -> tup
     return Training(**{field.name: facts[field.name] for field in fields(Training)}), samples
 
 
-def describe(model: nn.Module, training: Training, samples: Dataset, parts: int) -> None:
+def describe(model, training, samples, parts):
     """What is trained, on what, and for how long."""
     recipe, modes = training.recipe, {"ft": "fine-tuned", "fz": "frozen"}
+    auxiliary = f"{training.auxiliary}, {modes[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
     print(f"master      {training.master}, {modes[training.master_mode]}")
-    way = f"{modes[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
-    print(f"auxiliary   {'none' if training.fusion == 'none' else f'{training.auxiliary}, {way}'}")
+    print(f"auxiliary   {auxiliary if training.fusion != 'none' else 'none'}")
     learn, fixed = (sum(p.numel() for p in model.parameters() if p.requires_grad is on) / 1e6 for on in (True, False))
     print(f"parameters  {learn:.2f} M learn, {fixed:.2f} M are frozen")
     print(f"data        {len(samples)} images of {samples.root}, {len(training.class_names)} classes")
-    shared = f", in {parts} parts" if parts > 1 else ""
     epochs = recipe.steps * recipe.batch / len(samples)
-    print(f"schedule    {recipe.steps} steps of {recipe.batch} images{shared}: {epochs:.1f} epochs")
+    print(f"schedule    {recipe.steps} steps of {recipe.batch} images, in {parts} part(s): {epochs:.1f} epochs")
     print("recipe      " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()))
 
 
-def report(folder: Path) -> None:
+def report(folder):
     """Draw the losses, and print their means over the four quarters of the training."""
-    log = read_log(folder)
-    terms = ("loss", *LOSS_WEIGHTS)
+    log, terms = read_log(folder), ("loss", *LOSS_WEIGHTS)
     figures.draw_loss(folder / "loss.png", log, terms)
-    print(f"\n{'steps':>15} " + " ".join(f"{name:>14}" for name in (*terms, "seconds")))
+    rows = [["steps", *terms, "seconds"]]
     for quarter in filter(len, np.array_split(np.arange(len(log["step"])), 4)):
-        means = " ".join(f"{log[name][quarter].mean():>14.3f}" for name in (*terms, "seconds"))
-        print(f"{f'{quarter[0] + 1}-{quarter[-1] + 1}':>15} {means}")
-    print(f"\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
+        means = (run.number(log[name][quarter].mean(), 3) for name in (*terms, "seconds"))
+        rows.append([f"{quarter[0] + 1}-{quarter[-1] + 1}", *means])
+    print(f"\n{run.table(rows)}\nwrote {folder}/checkpoint.pt, log.csv, loss.png")
     print(f"next: {run.command('05_eval.py', folder)}")
 
 

@@ -71,15 +71,14 @@ class Benchmark:
 
 
 ADE20K, CITYSCAPES_VAL = "ADEChallengeData2016", ("cityscapes val", "instance", ("AP",), CITYSCAPES_THINGS)
+ADE20K_SPLITS = f"{ADE20K} training", f"{ADE20K} validation"
 BENCHMARKS = {
     "toycity": Benchmark("toycity train", "toycity val", "panoptic", ("mIoU", "AP", "PQ"), TOYCITY),
     "cityscapes_semantic": Benchmark("cityscapes train", "cityscapes val", "semantic", ("mIoU",), CITYSCAPES, "82.8"),
     "cityscapes_instance": Benchmark("cityscapes train", *CITYSCAPES_VAL, "39.5"),
     "coco_instance": Benchmark("coco train2017", "coco val2017", "instance", ("AP",), None, "47.3", "512"),
     "coco_panoptic": Benchmark("coco train2017", "coco val2017", "panoptic", ("PQ",), None, "56.9", "512"),
-    "ade20k_semantic": Benchmark(
-        f"{ADE20K} training", f"{ADE20K} validation", "semantic", ("mIoU",), None, "57.5", "512"
-    ),
+    "ade20k_semantic": Benchmark(*ADE20K_SPLITS, "semantic", ("mIoU",), None, "57.5", "512"),
     "kitti360_instance": Benchmark("KITTI-360 train", "KITTI-360 val", "instance", ("AP",), KITTI360_THINGS, "21.9"),
     "urbansyn_to_cityscapes_instance": Benchmark("urbansyn train", *CITYSCAPES_VAL, "32.5 (ViT-L)"),
     "synscapes_to_cityscapes_instance": Benchmark("synscapes train", *CITYSCAPES_VAL, "33.4 (ViT-L)"),
@@ -221,37 +220,35 @@ class Split(Dataset):
             self.categories = ade20k_categories(self.root / "objectInfo150.txt")
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for picture, *labels in self.files:
-            for file in (self.root / name for name in (picture, *labels)):
-                need(file.is_file(), f"{self.root / picture} needs {file}, which is not there")
+        for files in self.files:
+            for file in files:
+                need(
+                    (self.root / file).is_file(), f"{self.root / files[0]} needs {self.root / file}, which is not there"
+                )
         self.names = [picture for picture, *_ in self.files]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
         self.label_of = {called: index_of.get(id) for called, id in id_of.items()}  # None: is not evaluated
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
         picture, *files = (self.root / file for file in self.files[index])
         image = read_image(picture, turn=False)
+        image_id = int(self.coco.image_ids[index]) if self.coco else index
+        sample = {"image": image, "image_id": image_id, "name": self.names[index]}
         size = tuple(image.shape[1:])
-        sample = {"image": image, "image_id": index, "name": self.names[index]}
-        if self.coco:
-            sample["image_id"] = int(self.coco.image_ids[index])
         if self.coco and self.task == "instance":
-            rles, categories, crowd = self.coco.masks(index, size)
-            sample |= {"rles": rles, "crowd": torch.tensor(crowd, dtype=torch.bool)}
-            labels = [self.label(category, self.coco.file) for category in categories]
-            sample["labels"] = torch.tensor(labels, dtype=torch.int64)
+            rles, called, crowd = self.coco.masks(index, size)
+            labels = [self.label(category, self.coco.file) for category in called]
+            sample |= {"rles": rles, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
             return sample | ({"truth": {"instance": ()}} if self.measures else {})
         found = self.read(files, self.coco[index]) if self.coco else self.read(files)
         need(found.ids.shape == size, f"{files[0]} is {found.ids.shape}, its picture {size}")
         sample |= self.segments(found, files[0])
-        if self.measures:
-            sample["truth"] = self.truth(sample, found.ids, files)
-        return sample
+        return sample | ({"truth": self.truth(sample, found.ids, files)} if self.measures else {})
 
-    def label(self, called, file: Path) -> int | None:
+    def label(self, called, file):
         need(called in self.label_of, f"{file} holds the label {called!r}, which is not in the table of classes")
         return self.label_of[called]
 
@@ -285,37 +282,34 @@ class Split(Dataset):
                 need(weights.shape == ids.shape, f"{files[1]} is {weights.shape}, the labels {ids.shape}")
                 truth["instance"] += (torch.from_numpy(weights),)
         if "PQ" in self.measures:
-            pairs = zip(labels, sample["crowd"].int().tolist(), strict=True)
-            segments = [{"category_id": self.categories[label].id, "iscrowd": crowd} for label, crowd in pairs]
-            truth["panoptic"] = (sample["segments"], [{"id": i, **s} for i, s in enumerate(segments, 1)])
+            pairs = enumerate(zip(labels, sample["crowd"].int().tolist(), strict=True), 1)
+            segments = [{"id": i, "category_id": self.categories[label].id, "iscrowd": c} for i, (label, c) in pairs]
+            truth["panoptic"] = (sample["segments"], segments)
         return truth
 
 
-def list_files(root: Path, split: str, templates: list[str]) -> list[list[str]]:
+def list_files(root, split, templates):
     """For each image the paths below root of the picture and of its labels; KITTI-360 has a table of its pictures."""
     pattern = templates[0].replace("{split}", split)
     glob = re.sub(r"{\w+}", "*", pattern)
+    names = [path.relative_to(root).as_posix() for path in root.glob(glob)]
     if "{drive}" in pattern:
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
-        need(table.is_file(), f"{root} needs {table}, which is not there")
-        lines = [line.split() for line in table.read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in read_text(table).splitlines() if line.strip()]
         whole = all(len(line) == 2 for line in lines)
         need(whole, f"{table}: a line is a picture's path and its label's, with a space between")
-        names = sorted(below(root, picture, table) for picture, _ in lines)
-    else:
-        names = sorted(path.relative_to(root).as_posix() for path in root.glob(glob))
+        names = [below(root, picture, table) for picture, _ in lines]
     need(names, f"no pictures: expected {root / glob}")
     files = []
-    for name in names:
+    for name in sorted(names):
         words = re.fullmatch(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern), name)
         need(words, f"{root / name} is not where pictures are expected, {glob}")
         files.append([name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])])
     return files
 
 
-def ade20k_categories(table: Path) -> list[Category]:
-    need(table.is_file(), f"{table.parent} needs {table}, which is not there")
-    rows = [line.split("\t") for line in table.read_text().splitlines()[1:] if line.strip()]
+def ade20k_categories(table):
+    rows = [line.split("\t") for line in read_text(table).splitlines()[1:] if line.strip()]
     try:  # index, ratio, training, validation, names
         return [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
     except (ValueError, IndexError):
@@ -329,7 +323,6 @@ class CocoIndex:
 
     def __init__(self, root: Path, split: str, kind: str):
         self.file = root / f"annotations/{kind}_{split}.json"
-        need(self.file.is_file(), f"{root} needs {self.file}, which is not there")
         content = read_json(self.file)
         try:
             images = sorted(content["images"], key=lambda image: image["file_name"])
@@ -400,10 +393,15 @@ def below(root: Path, path: str, table: Path) -> str:
     return path
 
 
-def read_json(file: Path):
+def read_text(file):
+    need(file.is_file(), f"{file} is needed and not there")
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def read_json(file):
     try:
-        return json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
         raise UserError(f"{file} is not whole JSON ({error}): download it again") from None
 
 

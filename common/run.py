@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -41,10 +42,10 @@ def need(condition, message: str) -> None:
 
 
 def start(main) -> None:
-    """Run a stage's main(), which may return an exit code; a UserError or Ctrl-C ends it in one line."""
+    """Run a stage's main(), which may return an exit code; a mistake, a full disk or Ctrl-C ends it in one line."""
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted; what is written is whole, and the same command takes it up again", file=sys.stderr)
@@ -145,6 +146,19 @@ def refuse_other_settings(what: Path, old: dict, new: dict, advice: str) -> None
             before, now = [v for v in before if v not in now][:3], [v for v in now if v not in before][:3]
         differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(now)}")
     need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """For tables; "-" stands for a number that does not exist."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(rows: list[list[str]]) -> str:
+    """A table in Markdown whose columns line up on a screen as well; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 # ------------------------------------------------------------------ what stages hand on
