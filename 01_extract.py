@@ -4,9 +4,9 @@
     python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        your own pictures, no labels needed
     python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
 
-Each picture is scaled to a working size and passes once through each encoder; only the native maps are stored, in
-float16. A picture whose file is already there and whole is skipped, so an interrupted run goes on where it stopped, and
-an encoder added to --encoders is the only one that runs. A picture that cannot be read is named and left out.
+Each picture is scaled to a working size and passes once through each encoder; the native maps are stored in float16.
+Files that are there and whole are kept: an interrupted run goes on where it stopped, and an encoder added to --encoders
+is the only one that runs. A picture that cannot be read is named and left out.
 
 Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
 """
@@ -14,6 +14,7 @@ Writes run.json, features/<encoder>/<picture>.safetensors and features.png to th
 import importlib.metadata
 import os
 import shlex
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from common.encoders import ENCODERS, load_encoder, weights_origin
 from common.run import CORES, DEVICES, UserError, flag, need, positive
 
 KINDS = ", ".join(ENCODERS)
+PACKAGES = ("torch", "torchvision", "timm", "sam2", "transformers", "numpy")
 
 
 @dataclass
@@ -81,13 +83,12 @@ def read_picture(name, root, size):
     path = root / name
     try:
         is_text = name.encode(errors="ignore").decode() == name  # else it has bytes that are not UTF-8
-        need(is_text, f"{ascii(str(path))} has a name that is no text: rename it")
-        longest = max(len(os.fsencode(part)) for part in Path(name).parts)
-        need(longest <= 200, f"{path} has too long a name for a file of features: shorten it")
+        short = max(map(len, os.fsencode(name).split(b"/"))) <= 200
+        need(is_text and short, f"{ascii(str(path))} has a name too long, or no text, for a feature file: rename it")
         image = read_image(path)
         height, width = image.shape[1:]
-        narrow = "x" not in size and max(height, width) > 16 * min(height, width)
-        need(not narrow, f"{path} is {height} x {width}, too long for its aspect to be kept: give --size HxW")
+        keeps = "x" in size or max(height, width) <= 16 * min(height, width)
+        need(keeps, f"{path} is {height} x {width}, too long for its aspect to be kept: give --size HxW")
         return name, resize_image(image, size)
     except UserError as error:
         return name, str(error)
@@ -122,14 +123,25 @@ def open_run(folder, asked):
         run.refuse_other_settings(folder, old, new, "give another --run, or delete it")
         if not grown:
             return old
-    packages = ("torch", "torchvision", "timm", "sam2", "transformers", "numpy")
-    versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-    asked |= {"command": shlex.join(["python", "01_extract.py", *sys.argv[1:]]), "versions": versions}
+    asked["command"] = shlex.join(["python", "01_extract.py", *sys.argv[1:]])
+    asked["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     run.write_json(folder / "run.json", asked)
     return asked
 
 
 # ------------------------------------------------------------------ extraction
+def need_disk(folder, encoders, todo, picture):
+    """UserError if the disk lacks room for the maps of all pictures, if they were of this one's size [3, H, W]."""
+    pixels, needed = picture[0].numel(), 0
+    for encoder in encoders:
+        numbers = sum(channels * pixels // stride**2 for stride, channels in encoder.channels.items())
+        needed += 2 * numbers * len(todo[encoder.name])  # bytes, float16
+    free = shutil.disk_usage(folder).free
+    need(
+        needed < free, f"{folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed: give a lower --limit"
+    )
+
+
 @torch.inference_mode()
 def extract(encoders, todo, pictures, folder, device):
     """One file for each picture and each encoder that lacks it; one picture at a time, as a folder may hold many sizes.
@@ -155,27 +167,27 @@ def extract(encoders, todo, pictures, folder, device):
 
 
 def write(path, maps):
-    """On a GPU, fetching the maps waits for it: here, in the background. Nothing else is computed here, as PyTorch
-    would start a second set of threads for this one, and the two would get in each other's way."""
+    """On a GPU, fetching the maps waits for it: here, in the background. Nothing is computed here, as PyTorch would
+    start a second set of threads."""
     with run.whole_file(path) as temporary:
         save_file({stride: feature.cpu() for stride, feature in maps.items()}, temporary)
 
 
 def report(folder, found, names):
     """A row for each map of the first picture, and three pictures' maps in colours."""
-    random = [encoder for encoder in found["encoders"] if found["weights"][encoder] == "none"]
-    rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
-    for encoder in found["encoders"]:
-        for stride, feature in run.read_features(folder, encoder, names[0]).items():
-            c, h, w = feature.shape
-            mean, std = (run.number(value.item(), 3) for value in (feature.float().mean(), feature.float().std()))
-            rows.append([encoder, str(stride), str(c), f"{h} x {w}", mean, std])
-    print(f"\nmaps of {names[0]}\n{run.table(rows)}")
     shown = run.evenly_spaced(names, 3)
     images = [resize_image(read_image(Path(found["root"]) / name), found["size"]) for name in shown]
-    maps = {encoder: [run.read_features(folder, encoder, name) for name in shown] for encoder in found["encoders"]}
-    figures.draw_features(folder / "features.png", images, maps, random)
-    print(f"\nwrote {folder}/run.json, features/, features.png")
+    maps = {}  # {title: for each picture {stride: [C, h, w]}}
+    rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
+    for encoder in found["encoders"]:
+        title = f"{encoder}, RANDOM WEIGHTS" if found["weights"][encoder] == "none" else encoder
+        maps[title] = [run.read_features(folder, encoder, name) for name in shown]
+        for stride, feature in maps[title][0].items():
+            c, h, w = feature.shape
+            mean, std = (run.number(value.item(), 3) for value in (feature.float().mean(), feature.float().std()))
+            rows.append([title, str(stride), str(c), f"{h} x {w}", mean, std])
+    figures.draw_features(folder / "features.png", images, maps)
+    print(f"\nmaps of {names[0]}\n{run.table(rows)}\nwrote {folder}/run.json, features/, features.png")
     print(f"next: {run.command('02_metrics.py', folder)}")
 
 
@@ -206,6 +218,8 @@ def main():
     missing = [name for name in names if any(name in of_one for of_one in todo.values())]
     print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(missing)} are still to be extracted")
     read = {"collate_fn": partial(read_picture, root=root, size=size), "worker_init_fn": run.ignore_signals}
+    if missing and isinstance(first := read_picture(missing[0], root, size)[1], torch.Tensor):
+        need_disk(folder, encoders, todo, first)
     pictures = DataLoader(missing, batch_size=None, num_workers=settings.workers, **read)
     left_out = extract(encoders, todo, pictures, folder, settings.device)
     usable = [name for name in names if name not in left_out]

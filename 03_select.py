@@ -70,17 +70,15 @@ def best(values, given=None):
 def held_by_hand(settings, metrics):
     """{"master", "auxiliary", "stride": index, or None where the rule chooses}; UserError for what is not there."""
     encoders, folder = metrics["encoders"], settings.run
-    more = f"a pair needs two encoders and {folder} has only {encoders[0]}: name more in 01_extract.py"
-    need(len(encoders) > 1, more)
-    twice = settings.master and settings.master == settings.auxiliary
-    need(not twice, f"master and auxiliary are both {settings.master}: fusion needs two encoders")
-    held = {}
-    for part in ("master", "auxiliary"):
-        encoder = getattr(settings, part)
-        known = encoder in (None, *encoders)
-        need(known, f"{encoder} is not in {folder}: the encoders there are {', '.join(encoders)}")
-        held[part] = encoders.index(encoder) if encoder else None
-    return held | {"stride": metrics["strides"].index(settings.stride) if settings.stride else None}
+    need(len(encoders) > 1, f"a pair needs two encoders, {folder} has {encoders[0]}: name more in 01_extract.py")
+    two = settings.master is None or settings.master != settings.auxiliary
+    need(two, f"master and auxiliary are both {settings.master}: fusion needs two encoders")
+    known = {"master": encoders, "auxiliary": encoders, "stride": metrics["strides"]}
+    given = {part: getattr(settings, part) for part in known}
+    for part, value in given.items():
+        there = value in (None, *known[part])
+        need(there, f"{value} is not in {folder}: the encoders there are {', '.join(encoders)}")
+    return {part: None if value is None else known[part].index(value) for part, value in given.items()}
 
 
 # ------------------------------------------------------------------ scores
@@ -129,13 +127,12 @@ def what_speaks_against(settings, metrics, choice, ef):
 # ------------------------------------------------------------------ the stage
 def print_scores(metrics, overall, peaking):
     """The table behind the choice: one score averaged over strides, the other stride by stride, controls last."""
-    strides = [str(stride) for stride in metrics["strides"]]
-    rows = [["", f"{overall}, mean", *(f"{peaking}, OS {stride}" for stride in strides)]]
+    rows = [["", f"{overall}, mean", *(f"{peaking}, OS {stride}" for stride in metrics["strides"])]]
     for source, profile in metrics["scores"].items():
-        means = {score: [profile[stride][score]["mean"] for stride in strides] for score in (overall, peaking)}
-        mean = None if None in means[overall] else np.mean(means[overall])
+        first, second = ([scores[name]["mean"] for scores in profile.values()] for name in (overall, peaking))
+        mean = None if None in first else np.mean(first)
         kind = " (control)" if source in metrics["controls"] else ""
-        rows.append([source + kind, *(run.number(value, 3) for value in (mean, *means[peaking]))])
+        rows.append([source + kind, *(run.number(value, 3) for value in (mean, *second))])
     print(f"\n{run.table(rows)}")
 
 

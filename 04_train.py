@@ -13,7 +13,6 @@ the same command from its last checkpoint; on a CPU it ends at the same weights,
 Reads run.json and selection.json of --run. Writes checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -276,24 +275,6 @@ def begin(model, recipe, checkpoint):
     return DistributedDataParallel(model, gradient_as_bucket_view=True), optimiser, first
 
 
-@contextlib.contextmanager
-def collect_signals():
-    """Ctrl-C and SIGTERM come into the list that is yielded, to be answered once the step is done."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
-
-    both = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, receive) for number in both]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(both, before, strict=True):
-            signal.signal(number, handler)
-
-
 def train(model, samples, training, settings, folder, checkpoint=None):
     """Train for the recipe's steps, or for what is left of them after `checkpoint` (see load_checkpoint).
 
@@ -304,7 +285,10 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     learner, optimiser, first = begin(model.to(device).train(), recipe, checkpoint)
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
-    with collect_signals() as signals, open_log(folder, first) as log:
+    signals = []  # Ctrl-C and SIGTERM are answered once the step is done
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    with open_log(folder, first) as log:
         for step in bar:
             # ---------------------------------------------------------- learning rate
             began, terms, pictures = time.perf_counter(), 0, []
@@ -355,7 +339,6 @@ def train(model, samples, training, settings, folder, checkpoint=None):
 # ------------------------------------------------------------------ files
 def open_log(folder, first):
     """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
-    folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a" if first else "w", buffering=1)  # noqa: SIM115
     if not first:
         print(*LOG, sep=",", file=log)
@@ -418,8 +401,8 @@ def choose_pair(settings, selection, folder):
     method = (settings.fusion, settings.master_mode, settings.aux_mode) == ("replace", "ft", "fz")
     own = folder.resolve() != settings.run.resolve()
     need(own or method and not given, f"this is not the selection of {settings.run}: give it its own folder with --out")
-    mixed = own and (folder / "features").exists()
-    need(not mixed, f"{folder} holds features, it is a run of its own: give another --out")
+    fresh = not (own and (folder / "features").exists())
+    need(fresh, f"{folder} holds features, it is a run of its own: give another --out")
     selection |= given | {"chosen_by_hand": sorted({*selection["chosen_by_hand"], *given})}
     pair = settings.fusion == "none" or selection["master"] != selection["auxiliary"]
     need(pair, f"master and auxiliary are both {selection['master']}: choose two, or --fusion none")
@@ -445,9 +428,8 @@ def plan(settings, changes, found, selection):
     need(data.is_dir(), f"there is no folder {data}: say where your data sets are with --data")
     samples = open_split(found["benchmark"], data, "train")
 
-    facts = vars(settings) | {"benchmark": found["benchmark"], "recipe": recipe}
-    facts |= {name: selection[name] for name in ("master", "auxiliary", "stride")}
-    facts |= {"weights": weights, "weights_from": weights_from, "train_images": len(samples)}
+    facts = found | vars(settings) | selection  # the later the stronger
+    facts |= {"recipe": recipe, "weights": weights, "weights_from": weights_from, "train_images": len(samples)}
     facts["seed"] = found["seed"] if settings.seed is None else settings.seed
     facts["class_names"] = [category.name for category in samples.categories]
     facts["isthing"] = [category.isthing for category in samples.categories]
@@ -456,10 +438,11 @@ def plan(settings, changes, found, selection):
 
 def describe(model, training, samples, parts):
     """What is trained, on what, and for how long."""
-    recipe, modes = training.recipe, {"ft": "fine-tuned", "fz": "frozen"}
-    auxiliary = f"{training.auxiliary}, {modes[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
-    print(f"master      {training.master}, {modes[training.master_mode]}")
-    print(f"auxiliary   {auxiliary if training.fusion != 'none' else 'none'}")
+    recipe, mode = training.recipe, {"ft": "fine-tuned", "fz": "frozen"}
+    print(f"master      {training.master}, {mode[training.master_mode]}")
+    if training.fusion != "none":
+        how = f"{mode[training.aux_mode]}, at stride {training.stride} by {training.fusion}"
+        print(f"auxiliary   {training.auxiliary}, {how}")
     learn, fixed = (sum(p.numel() for p in model.parameters() if p.requires_grad is on) / 1e6 for on in (True, False))
     print(f"parameters  {learn:.2f} M learn, {fixed:.2f} M are frozen")
     print(f"data        {len(samples)} images of {samples.root}, {len(training.class_names)} classes")

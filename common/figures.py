@@ -43,7 +43,7 @@ def save(figure, path: Path) -> None:
 
 
 # ------------------------------------------------------------------ features.png
-def draw_features(path: Path, images: list, maps: dict[str, list[dict]], random_weights: list[str]) -> None:
+def draw_features(path: Path, images: list, maps: dict[str, list[dict]]) -> None:
     """Rows of pictures, columns of encoders and native strides; a map's first three principal components as RGB.
 
     images: float [3, H, W] in [0, 1]; maps: {encoder: for each image {native stride: [C, h, w]}}. The components are
@@ -58,8 +58,7 @@ def draw_features(path: Path, images: list, maps: dict[str, list[dict]], random_
         coloured = principal_colours([picture[stride].float() for picture in maps[encoder]])
         for axis, colours in zip(axes[:, column], coloured, strict=True):
             axis.imshow(colours, interpolation="nearest")
-        random = "\nRANDOM WEIGHTS" if encoder in random_weights else ""
-        axes[0, column].set_title(f"{encoder}, stride {stride}{random}")
+        axes[0, column].set_title(f"{encoder}\nstride {stride}")
     save(figure, path)
 
 

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import toycity  # noqa: E402
@@ -57,8 +59,8 @@ def main():
         images = [resize_image(read_image(root / name), "512x1024") for name in names[:8]]
         images = [images[i % len(images)] for i in range(args.images)]
         bare(encoder, images[:2], args.device)
-        pictures, n, write = stage1.Pictures(root, names, "512x1024"), args.images, stage1.write
-        settings = stage1.Settings(device=args.device, workers=args.workers)
+        read, n, write = partial(stage1.read_picture, root=root, size="512x1024"), args.images, stage1.write
+        pictures = DataLoader(names, batch_size=None, num_workers=args.workers, collate_fn=read)
         scratch.mkdir()
         took = {"bare encoder": [], "stage 1 without writing": [], "stage 1": []}
         writing = []
@@ -73,7 +75,7 @@ def main():
             took["bare encoder"].append(bare(encoder, images, args.device))
             for kind, stage1.write in writers:
                 began = time.perf_counter()
-                stage1.extract([encoder], {args.encoder: set(names)}, pictures, scratch, settings)
+                stage1.extract([encoder], {args.encoder: set(names)}, pictures, scratch, args.device)
                 took[kind].append(time.perf_counter() - began)
             writers.reverse()
         least = {kind: min(seconds) for kind, seconds in took.items()}

@@ -133,9 +133,10 @@ def test_ties_are_errors_until_settled_by_hand(part, tmp_path, choose):
 def test_table_shows_controls_and_the_next_command_follows(tmp_path, choose, capsys):
     choose(write_run(tmp_path))
     lines = capsys.readouterr().out.splitlines()
-    (edges,) = [line.split() for line in lines if line.startswith("edges ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    (edges,) = [row for row in rows if row[0] == "edges"]
     assert edges[1:] == ["0.450", "5.000", "20.000", "10.000", "4.000"]
-    assert [line.split()[0] for line in lines if line.endswith("(control)")] == list(metrics.CONTROLS)
+    assert [row[0].split()[0] for row in rows if row[0].endswith("(control)")] == list(metrics.CONTROLS)
     assert lines[-1] == f"next: python 04_train.py --run {tmp_path}"
     assert (tmp_path / "metrics.png").stat().st_size > 10_000
 
