@@ -339,6 +339,7 @@ def train(model, samples, training, settings, folder, checkpoint=None):
 # ------------------------------------------------------------------ files
 def open_log(folder, first):
     """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
+    folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a" if first else "w", buffering=1)  # noqa: SIM115
     if not first:
         print(*LOG, sep=",", file=log)

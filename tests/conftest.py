@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 
 import importlib
+import signal
 import sys
 
 import pytest
@@ -42,6 +43,10 @@ def stage(monkeypatch, capsys):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def as_in_a_new_process():
     torch.manual_seed(0)
     torch.set_grad_enabled(True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():  # stage 4 sets its own
+        signal.signal(number, handler)

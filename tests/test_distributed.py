@@ -54,7 +54,7 @@ def test_a_signal_ends_both_after_one_step_and_one_goes_on(stage, data, tmp_path
     stage("02_metrics", "--run", two)
     stage("03_select", "--run", two, "--stride", 8)
     said = torchrun("04_train.py", "--run", two, "--steps", 3, "--batch", 2)
-    assert "3 steps of 2 images, in 2 parts" in said and said.count("next: ") == 1
+    assert "3 steps of 2 images, in 2 part(s)" in said and said.count("next: ") == 1
     assert torch.load(two / "checkpoint.pt", weights_only=True)["step"] == 3
 
     # A scheduler's SIGTERM ends both after one and the same step, with a checkpoint; one process then goes on.
