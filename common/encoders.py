@@ -33,13 +33,13 @@ class EncoderSpec(NamedTuple):
     std: tuple = (0.229, 0.224, 0.225)
 
 
-def _timm(model: str, channels: dict[int, int], **arguments) -> EncoderSpec:
+def _timm(model, channels, **arguments):
     published = timm.get_pretrained_cfg(model)
     hub = (published.hf_hub_id or f"timm/{model}", published.hf_hub_filename or "model.safetensors")
     return EncoderSpec(model, channels, hub, arguments, published.mean, published.std)
 
 
-def _sam2(size: str, width: int, **arguments) -> EncoderSpec:
+def _sam2(size, width, **arguments):
     hub = (f"facebook/sam2.1-hiera-{size}", f"sam2.1_hiera_{size.replace('-', '_')}.pt")
     return EncoderSpec("hiera", {s: width * s // 4 for s in STRIDES}, hub, {"embed_dim": width} | arguments)
 
@@ -70,7 +70,7 @@ ENCODERS = {
 
 
 @functools.cache
-def find_encoder(name: str) -> EncoderSpec:
+def find_encoder(name):
     """The table's row, or for "timm:NAME" one found by trying it. UserError for what cannot serve."""
     if name in ENCODERS:
         return ENCODERS[name]
@@ -98,7 +98,7 @@ class Encoder(torch.nn.Module):
     the neck; timm models that pool by averaging: raw), no prefix tokens; of a hierarchical encoder its stages, raw.
     """
 
-    def __init__(self, name: str, spec: EncoderSpec):
+    def __init__(self, name, spec):
         super().__init__()
         self.name, self.channels, self.scale = name, spec.channels, 1
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
@@ -115,7 +115,7 @@ class Encoder(torch.nn.Module):
         self.stages = {stride: stage for stage, stride in enumerate(strides) if stride in STRIDES}
         self.cut(STRIDES[-1])
 
-    def forward(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+    def forward(self, images):
         if any(side % 32 for side in images.shape[-2:]):
             raise ValueError(f"image sides must be multiples of 32, got {list(images.shape[-2:])}")
         if self.scale != 1:
@@ -128,7 +128,7 @@ class Encoder(torch.nn.Module):
             maps = self.model.forward_intermediates(images, self.taken, norm=self.is_vit, intermediates_only=True)
         return dict(zip(self.stages, maps, strict=True))
 
-    def cut(self, stride: int) -> None:
+    def cut(self, stride):
         """Drop what no map up to `stride`, a native one, needs: the head, later stages."""
         self.stages = {s: stage for s, stage in self.stages.items() if s <= stride}
         self.channels = {s: channels for s, channels in self.channels.items() if s <= stride}
@@ -140,30 +140,29 @@ class Encoder(torch.nn.Module):
             self.model.prune_intermediate_layers(self.taken, prune_norm=not self.is_vit, prune_head=True)
 
 
-def pyramid(native: dict[int, torch.Tensor], size: tuple[int, int], mode: str = "nearest") -> dict[int, torch.Tensor]:
-    """The four levels of a feature pyramid, each resampled from the nearest native stride.
+def pyramid(native, size, mode="nearest"):
+    """Four levels, {4, 8, 16, 32: [B, C, H/stride, W/stride]}, each resampled from the nearest native stride.
 
     native: {stride: [B, C, h, w]}; size: height and width of the image, multiples of 32; mode: as in F.interpolate.
-    Returns {4, 8, 16, 32: [B, C, H/stride, W/stride]}; a native level is passed through untouched.
     """
     return {stride: level(native, size, stride, mode) for stride in STRIDES}
 
 
-def level(native: dict[int, torch.Tensor], size: tuple[int, int], stride: int, mode: str = "nearest") -> torch.Tensor:
-    """One level of the pyramid, [B, C, H/stride, W/stride]."""
+def level(native, size, stride, mode="nearest"):
+    """One level of the pyramid, [B, C, H/stride, W/stride]; a native one as it is."""
     nearest = nearest_stride(native, stride)
     if nearest == stride:
         return native[stride]
     return F.interpolate(native[nearest], (size[0] // stride, size[1] // stride), mode=mode)
 
 
-def nearest_stride(native, stride: int) -> int:
+def nearest_stride(native, stride):
     """The native stride closest to `stride` in octaves; the finer one of two equally close."""
     return min(sorted(native), key=lambda s: max(s, stride) / min(s, stride))
 
 
 # ------------------------------------------------------------------ weights
-def load_encoder(name: str, weights: str = "pretrained", device: str = "cpu") -> Encoder:
+def load_encoder(name, weights="pretrained", device="cpu"):
     """`weights`: "pretrained", "none" (random) or a file. UserError for what is unknown or does not fit."""
     encoder = Encoder(name, find_encoder(name))
     if weights != "none":
@@ -171,7 +170,7 @@ def load_encoder(name: str, weights: str = "pretrained", device: str = "cpu") ->
     return encoder.eval().to(device)
 
 
-def weights_file(name: str, weights: str) -> Path:
+def weights_file(name, weights):
     """The given file; else the shipped, the cached, the downloaded one. UserError if there is none."""
     hub = find_encoder(name).hub
     if weights != "pretrained" or hub is None:
@@ -189,7 +188,7 @@ def weights_file(name: str, weights: str) -> Path:
         raise UserError(f"{'/'.join(hub)} is out of reach ({type(error).__name__}): {advice}") from None
 
 
-def weights_origin(name: str, weights: str) -> str:
+def weights_origin(name, weights):
     """For the record: "random", or where the weights came from and the SHA-256 of their file."""
     if weights == "none":
         return "random"
@@ -199,7 +198,7 @@ def weights_origin(name: str, weights: str) -> str:
         return f"{place} sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
 
 
-def _fill(encoder: Encoder, path: Path) -> None:
+def _fill(encoder, path):
     """Load a file strictly: every tensor of the encoder must be in it and fit, surplus is ignored."""
     what = f"weights of {encoder.name}: {path}"
     try:
@@ -219,7 +218,7 @@ def _fill(encoder: Encoder, path: Path) -> None:
         raise UserError(f"{what} does not fit{hint}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _library_names(encoder: Encoder, state: dict, what: str) -> dict[str, torch.Tensor]:
+def _library_names(encoder, state, what):
     """A checkpoint's tensors by the library's names; UserError if they would mean something else there."""
     prefix = "image_encoder.trunk."  # SAM 2.1
     if "settings" in state:  # a run's checkpoint.pt: the encoder as fine-tuned there

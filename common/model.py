@@ -10,26 +10,23 @@ from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
-from common.encoders import STRIDES, Encoder, level, load_encoder, nearest_stride
+from common.encoders import STRIDES, level, load_encoder, nearest_stride
 
 LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
 PADDING = 128 / 255  # grey, as detectron2 pads pictures below and to the right
 
 
 class FusedPyramid(nn.Module):
-    """Four maps for the decoder, at most one of them touched by the auxiliary.
+    """Four maps for the decoder; master and auxiliary are encoders, the latter's map goes in at the level `stride`.
 
-    master, auxiliary: encoders; auxiliary None or fusion "none" leaves the master alone.
-    stride: the level s* at which the auxiliary's map goes in.
     fusion: "replace" (the method): the auxiliary's map, at its own width, in place of the master's;
-        "concat": both, side by side; "add": the master's plus the auxiliary's through a 1 x 1 convolution.
+        "concat": both, side by side; "add": the master's plus the auxiliary's through a 1 x 1 convolution;
+        "none", or no auxiliary: the master alone.
     widths: channels of a ViT master's four levels, each a 1 x 1 convolution of its one map.
     modes: of master and auxiliary, "ft" fine-tuned or "fz" frozen, which is in eval mode and without gradients.
     """
 
-    def __init__(
-        self, master: Encoder, auxiliary: Encoder | None, stride: int, fusion: str, widths: tuple, modes=("ft", "fz")
-    ):
+    def __init__(self, master, auxiliary, stride, fusion, widths, modes=("ft", "fz")):
         super().__init__()
         self.master, self.stride = master, stride
         self.fusion = fusion if auxiliary is not None else "none"
@@ -61,14 +58,14 @@ class FusedPyramid(nn.Module):
                 self.projections["add"] = nn.Conv2d(width, channels[stride], 1)
         self.channels = [channels[s] for s in STRIDES]
 
-    def train(self, mode: bool = True) -> "FusedPyramid":
+    def train(self, mode=True):
         super().train(mode)
         self.master.train(mode and self.train_master)
         if self.auxiliary:
             self.auxiliary.train(mode and self.train_auxiliary)
         return self
 
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, images):
         """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32 -> maps at strides 4, 8, 16, 32."""
         size, learn = images.shape[-2:], torch.is_grad_enabled()
         with torch.set_grad_enabled(learn and self.train_master):
@@ -93,12 +90,11 @@ class FusedPyramid(nn.Module):
 class FusedModel(nn.Module):
     """FusedPyramid under transformers' Mask2Former decoder, randomly initialised.
 
-    classes: number of classes, no-object not counted. recipe: width of the decoder, a multiple of 32, queries,
-    encoder_layers, decoder_layers, heads and points. Each decoder layer predicts, and so does the learned query before
-    the first: decoder_layers + 1 predictions.
+    classes: how many, no-object not counted. recipe: width of the decoder, a multiple of 32, queries, encoder_layers,
+    decoder_layers, heads and points. Each decoder layer predicts, and so do the queries before the first.
     """
 
-    def __init__(self, fused: FusedPyramid, classes: int, recipe: dict):
+    def __init__(self, fused, classes, recipe):
         super().__init__()
         width = recipe["width"]
         config = Mask2FormerConfig(
@@ -129,7 +125,7 @@ class FusedModel(nn.Module):
         self.class_predictor = whole.class_predictor
         self.criterion = whole.criterion
 
-    def forward(self, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, images):
         """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32.
 
         Returns (class logits [B, Q, classes + 1], mask logits [B, Q, H/4, W/4]) of every decoder layer, the last one's
@@ -141,12 +137,11 @@ class FusedModel(nn.Module):
         classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
         return list(zip(classes, decoded.masks_queries_logits, strict=True))
 
-    def losses(self, outputs: list, masks: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weighted loss terms, each summed over the decoder's layers.
+    def losses(self, outputs, masks, labels):
+        """Weighted loss terms, each summed over the decoder's layers; an image may have no segment.
 
         outputs: what forward returned; masks: for each image float32 [S, H, W] of 0 and 1; labels: int64 [S].
-        An image may have no segment. Raises FloatingPointError for logits or losses that are not finite, which the
-        library's matcher would hide.
+        Raises FloatingPointError for what is not finite: the library's matcher would hide it.
         """
         total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
         for layer, (class_logits, mask_logits) in enumerate(outputs):
@@ -161,15 +156,10 @@ class FusedModel(nn.Module):
         return total
 
 
-def build_model(settings: dict, weights: dict[str, str]) -> FusedModel:
-    """The model that a checkpoint's settings describe; weights: {encoder: as in load_encoder}.
-
-    An encoder that `weights` does not name stays random: evaluation fills the whole model from the checkpoint.
-    """
-    master = load_encoder(settings["master"], weights.get(settings["master"], "none"))
-    auxiliary = None
-    if settings["fusion"] != "none":
-        auxiliary = load_encoder(settings["auxiliary"], weights.get(settings["auxiliary"], "none"))
+def build_model(settings, weights):
+    """The model that a checkpoint's settings describe; weights: {encoder: as in load_encoder}, random if not named."""
+    names = [settings["master"]] + [settings["auxiliary"]] * (settings["fusion"] != "none")
+    master, *auxiliary = [load_encoder(name, weights.get(name, "none")) for name in names]
     modes, widths = (settings["master_mode"], settings["aux_mode"]), settings["recipe"]["vit_widths"]
-    fused = FusedPyramid(master, auxiliary, settings["stride"], settings["fusion"], widths, modes)
+    fused = FusedPyramid(master, *(auxiliary or [None]), settings["stride"], settings["fusion"], widths, modes)
     return FusedModel(fused, len(settings["class_names"]), settings["recipe"])

@@ -1,8 +1,4 @@
-"""The run folder: what one stage leaves on disk for the next, and the few habits that all stages share.
-
-A stage raises UserError for anything a person can put right; `start` prints it as one line. Files appear whole or
-not at all: they are written beside their place and renamed into it.
-"""
+"""What all stages share: mistakes told in a line, settings as flags, whole files, and the folder of a run."""
 
 import argparse
 import contextlib
@@ -30,18 +26,18 @@ RESAMPLES = 1000  # bootstrap
 class UserError(Exception):
     """A mistake that its maker can mend: one line, what was wrong, where, and what to do."""
 
-    def __init__(self, message: str):
+    def __init__(self, message):
         # A DataLoader's worker hands its error on as text, with its stack trace in front.
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
-def need(condition, message: str) -> None:
+def need(condition, message):
     """Raise UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def start(main) -> None:
+def start(main):
     """Run a stage's main(), which may return an exit code; a mistake, a full disk or Ctrl-C ends it in one line."""
     try:
         sys.exit(main())
@@ -52,7 +48,7 @@ def start(main) -> None:
         sys.exit(130)
 
 
-def ignore_signals(worker: int) -> None:
+def ignore_signals(worker):
     """For DataLoader's worker_init_fn: Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -60,20 +56,20 @@ def ignore_signals(worker: int) -> None:
 
 
 # ------------------------------------------------------------------ settings
-def flag(default, help: str = "", **how):
+def flag(default, help="", **how):
     """A field of a stage's settings block: its default, its help, and what else argparse's add_argument takes."""
     return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
-def parse(description: str, block: type, changes: type | None = None):
+def parse(description, block, changes=None):
     """The command line as an instance of `block`, a dataclass whose fields, each made by `flag`, are the flags.
 
     The fields of `changes`, another such dataclass, are flags too: those that were given come back as a dictionary,
     beside the instance.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = dataclasses.fields(block)
-    for field in (*own, *(dataclasses.fields(changes) if changes else ())):
+    own, more = dataclasses.fields(block), dataclasses.fields(changes) if changes else ()
+    for field in own + more:
         how = dict(field.metadata)
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -88,7 +84,7 @@ def parse(description: str, block: type, changes: type | None = None):
     return (settings, given) if changes else settings
 
 
-def positive(text: str) -> int:
+def positive(text):
     """For argparse: a whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -97,7 +93,7 @@ def positive(text: str) -> int:
 
 # ------------------------------------------------------------------ files
 @contextlib.contextmanager
-def whole_file(path: Path):
+def whole_file(path):
     """Yield a temporary path beside `path`; renamed into place on success, removed on any failure or Ctrl-C."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -108,34 +104,34 @@ def whole_file(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path, content):
     """JSON knows no NaN: a number that does not exist is written as null."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_stage(folder: Path, file: str, stage: str) -> dict:
+def read_stage(folder, file, stage):
     """Read a JSON file that `stage` wrote into a run folder; UserError names the command that makes it."""
-    path = folder / file
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `{command(stage, folder)}` first")
+    path, again = folder / file, f"run `{command(stage, folder)}`"
+    need(path.is_file(), f"{path} is missing: {again} first")
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): delete it and run `{command(stage, folder)}`") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and {again}") from None
 
 
-def command(stage: str, folder: Path, *flags: str) -> str:
+def command(stage, folder, *flags: str):
     """The shell command that runs a stage on a run folder; stage 1's is the one that made it, kept in run.json."""
-    if stage == "01_extract.py" and (folder / "run.json").is_file():
-        return read_stage(folder, "run.json", stage)["command"]
+    if stage == "01_extract.py":
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((folder / "run.json").read_text())["command"]
     where = () if folder == Path("runs/toycity") else ("--run", str(folder))
     asked = " --benchmark NAME --data FOLDER --encoders NAMES" if where and stage == "01_extract.py" else ""
     return shlex.join(["python", stage, *where, *flags]) + asked
 
 
-def refuse_other_settings(what: Path, old: dict, new: dict, advice: str) -> None:
+def refuse_other_settings(what, old, new, advice):
     """Raise UserError, naming what differs, if any of the settings `new` was another one in `old`."""
     differ = []
     for key in (key for key in new if old.get(key) != new[key]):
@@ -148,12 +144,12 @@ def refuse_other_settings(what: Path, old: dict, new: dict, advice: str) -> None
     need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
 
 
-def number(value: float | None, digits: int = 1) -> str:
+def number(value, digits=1):
     """For tables; "-" stands for a number that does not exist."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def table(rows: list[list[str]]) -> str:
+def table(rows):
     """A table in Markdown whose columns line up on a screen as well; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
@@ -162,11 +158,11 @@ def table(rows: list[list[str]]) -> str:
 
 
 # ------------------------------------------------------------------ what stages hand on
-def feature_path(folder: Path, encoder: str, image: str) -> Path:
+def feature_path(folder, encoder, image):
     return folder / "features" / encoder / f"{image}.safetensors"
 
 
-def read_features(folder: Path, encoder: str, image: str) -> dict[int, torch.Tensor]:
+def read_features(folder, encoder, image):
     """One image's native maps, {stride: float16 [C,h,w]}; UserError if the file is missing or cut short."""
     path = feature_path(folder, encoder, image)
     try:
@@ -178,16 +174,14 @@ def read_features(folder: Path, encoder: str, image: str) -> dict[int, torch.Ten
         raise UserError(f"feature file {path} is {problem}: run `{again}` again, it makes what is missing") from None
 
 
-def evenly_spaced(items, count: int) -> list:
+def evenly_spaced(items, count):
     """At most `count` of a sequence's items, from the first on."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def bootstrap(images: int, seed: int) -> np.ndarray:
-    """Weights [1 + RESAMPLES, image] under which a mean over images is that of a resample; the first row is plain.
-
-    Drawing images with replacement is drawing how often each one counts.
-    """
+def bootstrap(images, seed):
+    """Weights [1 + RESAMPLES, image] under which a mean is that of a resample, drawn with replacement; the first
+    row's is plain."""
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES)
     return np.concatenate([np.ones((1, images)), draws]) / images

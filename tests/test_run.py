@@ -88,5 +88,8 @@ def test_json_has_no_nan_and_a_broken_file_is_named(tmp_path):
     run.write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1.5, (float("nan"),)]})
     assert run.read_stage(tmp_path, "a.json", "02_metrics.py") == {"x": None, "y": [1.5, [None]]}
     (tmp_path / "a.json").write_text("{")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="run.json is not valid JSON .*delete it and run `python 01_extract.py --run"):
+        run.read_stage(tmp_path, "run.json", "01_extract.py")
     with pytest.raises(UserError, match="a.json is not valid JSON .*delete it and run `python 02_metrics.py --run"):
         run.read_stage(tmp_path, "a.json", "02_metrics.py")
