@@ -115,15 +115,42 @@ class FusedModel(nn.Module):
         whole = Mask2FormerForUniversalSegmentation(config)
         self.pyramid = fused
         self.pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
-        # Built by hand, it is not initialised by the library: the level embedding would be whatever memory held.
-        self.pixel_decoder.apply(whole._init_weights)
-        # As Mask2Former's input projections; the library leaves them at a std of 0.02.
-        for module in self.pixel_decoder.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
         self.transformer = whole.model.transformer_module
         self.class_predictor = whole.class_predictor
         self.criterion = whole.criterion
+        # The library initialises no pixel decoder that it did not build (the level embedding would be whatever memory
+        # held), and the rest on a scale of its own in places.
+        self.pixel_decoder.apply(whole._init_weights)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """Draw the decoder's weights as Mask2Former's authors do: on PyTorch's own scale but for what is set here."""
+        encoder, decoder = self.pixel_decoder.encoder, self.transformer.decoder
+        given = {module for layer in encoder.layers for module in layer.self_attn.modules()}  # right in the library
+        for module in (
+            m for part in (self.pixel_decoder, self.transformer, self.class_predictor) for m in part.modules()
+        ):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in given:
+                module.reset_parameters()
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)  # Caffe2's Xavier, in detectron2's words
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for convolution, _ in self.pixel_decoder.input_projections:
+            nn.init.xavier_uniform_(convolution.weight)
+        for layer in encoder.layers:
+            nn.init.xavier_uniform_(layer.fc1.weight)
+            nn.init.xavier_uniform_(layer.fc2.weight)
+        for layer in decoder.layers:
+            for parameter in layer.parameters():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+            own = layer.self_attn
+            for projection in (own.q_proj, own.k_proj, own.v_proj):
+                projection.weight *= 0.5**0.5  # one matrix there, [3 * width, width]
+            for linear in (own.q_proj, own.k_proj, own.v_proj, own.out_proj, layer.cross_attn.out_proj):
+                nn.init.zeros_(linear.bias)
 
     def forward(self, images):
         """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32.
@@ -131,8 +158,9 @@ class FusedModel(nn.Module):
         Returns (class logits [B, Q, classes + 1], mask logits [B, Q, H/4, W/4]) of every decoder layer, the last one's
         last; the last class is no-object.
         """
-        # In float32, for the position encodings take the maps' kind of number; autocast still computes in its own.
-        pixels = self.pixel_decoder([feature.float() for feature in self.pyramid(images)], return_dict=True)
+        maps = [feature.float() for feature in self.pyramid(images)]
+        with torch.autocast(images.device.type, enabled=False):  # as Mask2Former's: deformable attention needs float32
+            pixels = self.pixel_decoder(maps, return_dict=True)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
         classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
         return list(zip(classes, decoded.masks_queries_logits, strict=True))

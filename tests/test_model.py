@@ -132,6 +132,62 @@ def test_nothing_in_the_decoder_is_uninitialised_memory():
     assert first.pixel_decoder.level_embed.std() > 0.5
 
 
+def test_the_decoder_is_initialised_as_mask2former_s():
+    """The rms that each of the official modules draws its weights and biases at, by formula."""
+    torch.manual_seed(0)
+    width, model = SMALL["width"], fused()
+    pixel, layer = model.pixel_decoder, model.transformer.decoder.layers[0]
+    encoder, own, cross = pixel.encoder.layers[0], layer.self_attn, layer.cross_attn
+    predictor = model.transformer.decoder.mask_predictor.mask_embedder
+
+    def xavier(fan_in, fan_out):
+        return (2 / (fan_in + fan_out)) ** 0.5
+
+    fine, coarse = model.pyramid.channels[0], model.pyramid.channels[3]
+    expected = {
+        pixel.input_projections[0][0].weight: xavier(coarse, width),
+        pixel.adapter_1[0].weight: fine**-0.5,
+        pixel.layer_1[0].weight: (9 * width) ** -0.5,
+        pixel.mask_projection.weight: width**-0.5,
+        pixel.level_embed: 1,
+        encoder.fc1.weight: xavier(width, 4 * width),
+        encoder.fc2.weight: xavier(width, 4 * width),
+        encoder.fc1.bias: (3 * width) ** -0.5,
+        encoder.self_attn.value_proj.weight: xavier(width, width),
+        own.q_proj.weight: xavier(width, 3 * width),
+        own.k_proj.weight: xavier(width, 3 * width),
+        own.v_proj.weight: xavier(width, 3 * width),
+        own.out_proj.weight: xavier(width, width),
+        cross.in_proj_weight: xavier(width, 3 * width),
+        cross.out_proj.weight: xavier(width, width),
+        layer.fc1.weight: xavier(width, 8 * width),
+        layer.fc2.bias: (3 * 8 * width) ** -0.5,
+        getattr(predictor, "0").layers[0].weight: (3 * width) ** -0.5,
+        model.class_predictor.weight: (3 * width) ** -0.5,
+        model.transformer.queries_features.weight: 1,
+    }
+    for parameter, rms in expected.items():
+        spread = 4 / parameter.numel() ** 0.5  # of the rms of so many draws
+        assert parameter.square().mean().sqrt().item() == pytest.approx(rms, rel=spread)
+    for bias in (pixel.input_projections[0][0].bias, pixel.mask_projection.bias, encoder.self_attn.value_proj.bias):
+        assert not bias.any()
+    for bias in (own.q_proj.bias, own.out_proj.bias, cross.in_proj_bias, cross.out_proj.bias):
+        assert not bias.any()
+
+
+def test_the_pixel_decoder_computes_in_float32_under_autocast():
+    model, images = fused().eval(), torch.rand(1, 3, 64, 96)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.register_forward_hook(lambda module, given, out, name=name: found.update({name: out.dtype}))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    pixel = {name: kind for name, kind in found.items() if name.startswith("pixel_decoder.")}
+    assert pixel and set(pixel.values()) == {torch.float32}
+    assert found["class_predictor"] == torch.bfloat16  # the rest does as it is told
+
+
 def test_losses_refuse_what_is_not_finite_and_accept_an_empty_image():
     model = fused()
     images, masks, labels = some_batch()
