@@ -3,7 +3,7 @@
 The encoder with the highest Structural Coherence (SC) becomes the master. Among the others, the one whose Edge Fidelity
 (EF) peaks highest becomes the auxiliary; the stride of that peak, s*, is where its map will stand in for the master's
 (paper, arXiv 2605.16864). `--task edges` turns the roles round: the master has the highest EF, the auxiliary the
-highest peak of SC, and s* is the stride of that peak.
+highest SC among the others; s* is still where the auxiliary's EF peaks.
 
     python 03_select.py                       # the embedded benchmark, runs/toycity
     python 03_select.py --run runs/mine       # any run folder that 02_metrics.py has filled
@@ -46,15 +46,14 @@ def select(sc, ef, task="segmentation", master=None, auxiliary=None, stride=None
     Returns (choice, lead), both [3, ...] in that order: indices, and the margin over the second best, 0 being a tie.
     An index given for `master`, `auxiliary` or `stride` is kept; the other parts are chosen by the same rule as ever.
     """
-    overall, peaking = (sc, ef) if task == "segmentation" else (ef, sc)
-    mean = overall.mean(-1)  # [..., encoder]
+    structure, edges = sc.mean(-1), ef.max(-1)  # [..., encoder]
+    first, second = (structure, edges) if task == "segmentation" else (edges, structure)
     if auxiliary is not None:
-        mean[..., auxiliary] = LOWEST
-    master, master_lead = best(mean, master)
-    peak = peaking.max(-1)  # [..., encoder]
-    np.put_along_axis(peak, master[..., None], LOWEST, axis=-1)
-    auxiliary, auxiliary_lead = best(peak, auxiliary)
-    profile = np.take_along_axis(peaking, auxiliary[..., None, None], axis=-2)[..., 0, :]  # [..., stride]
+        first[..., auxiliary] = LOWEST
+    master, master_lead = best(first, master)
+    np.put_along_axis(second, master[..., None], LOWEST, axis=-1)
+    auxiliary, auxiliary_lead = best(second, auxiliary)
+    profile = np.take_along_axis(ef, auxiliary[..., None, None], axis=-2)[..., 0, :]  # [..., stride]
     stride, stride_lead = best(profile, stride)
     return np.stack([master, auxiliary, stride]), np.stack([master_lead, auxiliary_lead, stride_lead])
 
@@ -102,15 +101,16 @@ def read_scores(folder, metrics, score, weights):
 
 def what_speaks_against(settings, metrics, choice, ef):
     """Warnings; ef [1 + RESAMPLES, source, stride], the first row the plain means."""
-    sources, at = list(metrics["scores"]), metrics["strides"].index(choice["stride"])
-    encoder, where, edge = choice["auxiliary"], f"at OS {choice['stride']}", ef[:, :, at]
+    sources, encoder, at = list(metrics["scores"]), choice["auxiliary"], metrics["strides"].index(choice["stride"])
     if settings.task == "edges":
-        encoder, where, edge = choice["master"], "over all strides", ef.mean(2)
-    edge, noise = edge[:, sources.index(encoder)], edge[:, sources.index("noise")]  # [1 + RESAMPLES]
+        encoder = choice["master"]
+        at = ef[0, sources.index(encoder)].argmax()
+    edge, noise = ef[:, sources.index(encoder), at], ef[:, sources.index("noise"), at]  # [1 + RESAMPLES]
     clears, warnings = (edge[1:] > noise[1:]).mean(), []
     if clears < CLEAR:
+        what = f"{settings.score.upper()} of {encoder} at OS {metrics['strides'][at]}, {edge[0]:.2f},"
         warnings.append(
-            f"{settings.score.upper()} of {encoder} {where}, {edge[0]:.2f}, does not clear that of white noise, "
+            f"{what} does not clear that of white noise, "
             f"{noise[0]:.2f}: it is higher in {clears:.1%} of the resamples, and {CLEAR:.1%} are asked for"
         )
     for encoder in metrics["random_weights"]:
@@ -125,21 +125,23 @@ def what_speaks_against(settings, metrics, choice, ef):
 
 
 # ------------------------------------------------------------------ the stage
-def print_scores(metrics, overall, peaking):
-    """The table behind the choice: one score averaged over strides, the other stride by stride, controls last."""
-    rows = [["", f"{overall}, mean", *(f"{peaking}, OS {stride}" for stride in metrics["strides"])]]
+def print_scores(metrics, score):
+    """The table behind the choice: SC averaged over strides, EF stride by stride, controls last."""
+    rows = [["", "SC, mean", *(f"{score}, OS {stride}" for stride in metrics["strides"])]]
     for source, profile in metrics["scores"].items():
-        first, second = ([scores[name]["mean"] for scores in profile.values()] for name in (overall, peaking))
-        mean = None if None in first else np.mean(first)
+        sc, ef = ([scores[name]["mean"] for scores in profile.values()] for name in ("SC", score))
+        mean = None if None in sc else np.mean(sc)
         kind = " (control)" if source in metrics["controls"] else ""
-        rows.append([source + kind, *(run.number(value, 3) for value in (mean, *second))])
+        rows.append([source + kind, *(run.number(value, 3) for value in (mean, *ef))])
     print(f"\n{run.table(rows)}")
 
 
-def report(folder, metrics, selection, overall, peaking):
+def report(folder, metrics, selection):
     """What was chosen and why, how stable that is, and what speaks against it."""
-    others = f"highest peak of {peaking} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"
-    reasons = {"master": f"highest {overall}, mean over strides", "auxiliary": others, "stride": f"peak of {peaking}"}
+    reasons = ["highest SC, mean over strides", f"highest {selection['score'].upper()} at any stride"]
+    reasons = reasons if selection["task"] == "segmentation" else reasons[::-1]
+    others = f"{reasons[1]} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"
+    reasons = {"master": reasons[0], "auxiliary": others, "stride": "where the auxiliary's EF peaks"}
     by_hand, stability = selection["chosen_by_hand"], selection["stability"]
     for part, reason in reasons.items():
         print(f"{part:12}{selection[part]:<16}{'chosen by hand' if part in by_hand else reason}")
@@ -160,7 +162,6 @@ def main():
     settings = run.parse(__doc__, Settings)
     metrics = run.read_stage(settings.run, "metrics.json", "02_metrics.py")
     score, encoders = settings.score.upper(), metrics["encoders"]
-    overall, peaking = ("SC", score) if settings.task == "segmentation" else (score, "SC")
     by_hand = held_by_hand(settings, metrics)
 
     # Choose by the plain means (row 0), and again by each bootstrap resample of the images.
@@ -168,7 +169,7 @@ def main():
     sc, ef = read_scores(settings.run, metrics, score, weights)  # [1 + RESAMPLES, source, stride]
     candidates = slice(0, len(encoders))  # controls come after the encoders and cannot be chosen
     chosen, lead = select(sc[:, candidates], ef[:, candidates], settings.task, **by_hand)  # [3, 1 + RESAMPLES]
-    print_scores(metrics, overall, peaking)
+    print_scores(metrics, score)
     for part, margin in zip(by_hand, lead[:, 0], strict=True):
         cause = "all 0 where maps are degenerate, like an untrained ViT's"
         need(margin > 0, f"scores tie for the {part} ({cause}): choose by hand with --{part}")
@@ -188,7 +189,7 @@ def main():
     selection |= {"warnings": warnings, "random_weights": metrics["random_weights"]}
     run.write_json(settings.run / "selection.json", selection)
     draw_profiles(settings.run / "metrics.png", metrics, selection)
-    report(settings.run, metrics, selection, overall, peaking)
+    report(settings.run, metrics, selection)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,14 @@ def _sam2(size, width, **arguments):
 HIERA_T = {"stages": (1, 2, 7, 2), "global_att_blocks": (5, 7, 9), "window_pos_embed_bkg_spatial_size": (7, 7)}
 HIERA_L = HIERA_T | {"stages": (2, 6, 36, 4), "global_att_blocks": (23, 33, 43), "window_spec": (8, 4, 16, 8)}
 TINY_HIERA = HIERA_T | {"embed_dim": 24, "stages": (1, 2, 3, 1), "global_att_blocks": (5,)}
+# In training mode its position coordinates are rescaled at random, by up to 2 either way, as in its pretraining.
+DINOV3 = {"rope_rescale_coords": 2}
 # Layer scale, 1e-5 in DINOv3, is left out: it is for deep networks and long schedules.
-TINY_VIT = {"embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None}
+TINY_VIT = DINOV3 | {"embed_dim": 128, "depth": 6, "num_heads": 4, "init_values": None}
 ENCODERS = {
-    "dinov3_s": _timm("vit_small_patch16_dinov3.lvd1689m", {16: 384}),
-    "dinov3_b": _timm("vit_base_patch16_dinov3.lvd1689m", {16: 768}),
-    "dinov3_l": _timm("vit_large_patch16_dinov3.lvd1689m", {16: 1024}),
+    "dinov3_s": _timm("vit_small_patch16_dinov3.lvd1689m", {16: 384}, **DINOV3),
+    "dinov3_b": _timm("vit_base_patch16_dinov3.lvd1689m", {16: 768}, **DINOV3),
+    "dinov3_l": _timm("vit_large_patch16_dinov3.lvd1689m", {16: 1024}, **DINOV3),
     # Patches of 14 pixels: the picture is resized to 14/16, so that its map too is at stride 16.
     "dinov2_b": _timm("vit_base_patch14_reg4_dinov2.lvd142m", {16: 768}, dynamic_img_size=True),
     "dino_b": _timm("vit_base_patch16_224.dino", {16: 768}, dynamic_img_size=True),

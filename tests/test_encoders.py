@@ -417,3 +417,14 @@ def test_pretrained_without_a_network_fails_fast_in_one_line(network, monkeypatc
 def test_an_unknown_encoder_is_answered_with_the_known_ones():
     with pytest.raises(UserError, match="dinov3_b.*sam2_b"):
         load_encoder("dinov4")
+
+
+@pytest.mark.parametrize("name", ["dinov3_s", "tiny_vit"])
+def test_positions_of_dinov3_are_rescaled_in_training_alone(name):
+    encoder, image = load_encoder(name, "none"), torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        first, second = encoder(image)[16], encoder(image)[16]
+        assert torch.equal(first, second)
+        encoder.train()
+        assert not torch.equal(encoder(image)[16], encoder(image)[16])
+        assert torch.equal(encoder.eval()(image)[16], first)
