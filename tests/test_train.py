@@ -249,13 +249,15 @@ def test_every_benchmark_has_a_recipe_of_full_size():
         assert all(side % 32 == 0 for side in recipe.crop) and len(recipe.crop) == 2, name
         stage5.working_size(375, 1242, recipe.test_size)
         if name != "toycity":
-            assert (recipe.batch, recipe.learning_rate, recipe.points, recipe.decoder_layers) == (16, 1e-4, 12544, 9)
+            assert (recipe.learning_rate, recipe.points, recipe.decoder_layers) == (1e-4, 12544, 9)
             assert recipe.queries == (200 if name.startswith("coco") else 100)
 
 
 def test_rates_fall_by_a_power_or_in_drops():
     poly, drops = stage4.RECIPES["cityscapes_instance"], stage4.RECIPES["coco_panoptic"]
-    assert stage4.schedule(0, poly) == 1 and stage4.schedule(45_000, poly) == pytest.approx(0.5**0.9)
+    assert stage4.schedule(0, poly) == 1 and stage4.schedule(45_000, poly) == pytest.approx(0.75)
+    slower = dataclasses.replace(poly, steps=90_000, power=0.9)
+    assert stage4.schedule(45_000, slower) == pytest.approx(0.5**0.9)
     steps = (0, 327_777, 327_778, 355_091, 355_092, 368_749)
     assert [stage4.schedule(step, drops) for step in steps] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
@@ -263,7 +265,34 @@ def test_rates_fall_by_a_power_or_in_drops():
 def choose_recipe(monkeypatch, name, *flags):
     monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
     settings, changes = run.parse("", stage4.Settings, stage4.Recipe)
-    return stage4.choose_recipe(name, changes, settings.accumulate)
+    return stage4.choose_recipe(name, changes, settings)
+
+
+@pytest.mark.parametrize(
+    "name, release, mask2former",
+    [
+        ("cityscapes_instance", (3, 180_000, 1.0), (16, 90_000, 0.9)),
+        ("synthia_to_cityscapes_instance", (3, 180_000, 1.0), (16, 90_000, 0.9)),
+        ("kitti360_instance", (3, 180_000, 1.0), (16, 90_000, 0.9)),
+        ("coco_instance", (3, 368_750, 1.0), (16, 368_750, 1.0)),
+        ("ade20k_semantic", (16, 160_000, 0.9), (16, 160_000, 0.9)),
+    ],
+)
+def test_schedules(monkeypatch, name, release, mask2former):
+    for flags, expected in [((), release), (("--schedule", "mask2former"), mask2former)]:
+        recipe = choose_recipe(monkeypatch, name, *flags)
+        assert (recipe.batch, recipe.steps, recipe.power) == expected
+        assert recipe.drops == ((327_778, 355_092) if name.startswith("coco") else ())
+
+
+def test_the_long_side_is_limited():
+    recipe = dataclasses.replace(RECIPE, crop=(64, 96), resize=(413, 752), longest=1504, resized_side="short")
+    sample = {"image": torch.zeros(3, 376, 1408, dtype=torch.uint8), "labels": torch.zeros(0).long()}
+    sample |= {"crowd": torch.zeros(0).bool(), "segments": torch.zeros(376, 1408, dtype=torch.int32), "name": "x"}
+    sample["image"][:, :, ::2] = 255  # at 1504 of 1408 pixels a crop of 96 holds some 90 of them
+    image = stage4.augment(sample, dataclasses.replace(recipe, colour_jitter=False), np.random.default_rng(0))["image"]
+    changes = (image[0, 32].diff().sign().diff() != 0).sum().item()
+    assert 80 < changes < 100
 
 
 @pytest.mark.parametrize(
