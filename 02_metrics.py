@@ -66,7 +66,7 @@ def structural_coherence(features, seed=0, prepared=None):
         SCS = (median_k silhouette + 1) / 2     over k-means clusterings with k = 6, 8, 10
         SC  = sqrt(SFC * SCS)
 
-    Degenerate maps score 0. Every map of a batch is sampled at the same positions. prepared: prepare(features), if known.
+    Degenerate maps score 0. Every map of a batch is sampled at the same positions. prepared: prepare(features).
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable, points, _ = prepared or prepare(features)
@@ -165,7 +165,7 @@ def edge_fidelity(features, images, prepared=None):
         EF_CC       = 100 (EC - a) / (1 - a) * FC_PCA * SP    corrected for chance, ours: a is the core's share of the
                       area, what EC is when edges fall anywhere; below 0 where they shun the picture's edges
 
-    Degenerate maps, and maps under 3 pixels high or wide, score 0. prepared: prepare(features), if known.
+    Degenerate maps, and maps under 3 pixels high or wide, score 0. prepared: prepare(features).
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable, _, component = prepared or prepare(features)
@@ -242,13 +242,10 @@ def spatial_precision(norm):
     found = torch.zeros(len(detail), device=detail.device)  # [B], 0 while it is searched for
     for r in radii:
         # Swapping the two sides turns an offset into its opposite: four offsets stand for all eight.
-        overlaps = [
-            (detail[:, r:], detail[:, :-r]),
-            (detail[:, :, r:], detail[:, :, :-r]),
-            (detail[:, r:, r:], detail[:, :-r, :-r]),
-            (detail[:, r:, :-r], detail[:, :-r, r:]),
-        ]
-        products = [(standardise(a) * standardise(b)).sum((1, 2)) / (a[0].numel() - 1) for a, b in overlaps]
+        lower, upper = detail[:, r:], detail[:, :-r]
+        pairs = [(lower, upper), (detail[:, :, r:], detail[:, :, :-r])]
+        pairs += [(lower[:, :, r:], upper[:, :, :-r]), (lower[:, :, :-r], upper[:, :, r:])]
+        products = [(standardise(a) * standardise(b)).sum((1, 2)) / (a[0].numel() - 1) for a, b in pairs]
         similarity = torch.stack(products).mean(0)  # [B], of Pearson's r
         found = torch.where((found == 0) & (similarity < SP_THRESHOLD), float(r), found)
         if found.all():
@@ -372,13 +369,12 @@ def silhouette(points, labels, k):
     member = F.one_hot(labels, k).float()  # [B,n,k]
     size = member.sum(1, keepdim=True)  # [B,1,k]
     total = distance @ member  # [B,n,k] summed distance to each cluster
-    own = labels[..., None]  # [B,n,1]
-    own_size = size.take_along_dim(own, 2)
-    inside = total.gather(2, own) / (own_size - 1).clamp_min(1)
+    own_size = (size * member).sum(2)  # [B,n]
+    inside = (total * member).sum(2) / (own_size - 1).clamp_min(1)
     others = (total / size.clamp_min(1)).masked_fill((size == 0) | (member > 0), torch.inf)
-    outside = others.amin(2, keepdim=True)
+    outside = others.amin(2)
     scores = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
-    return torch.where((own_size > 1) & outside.isfinite(), scores, 0).mean((1, 2))
+    return torch.where((own_size > 1) & outside.isfinite(), scores, 0).mean(1)
 
 
 # ------------------------------------------------------------------ the stage
