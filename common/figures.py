@@ -16,6 +16,7 @@ plt.rc("figure.constrained_layout", use=True)
 plt.rc("axes", titlesize=10)
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("legend", frameon=False)
+plt.rc("axes.formatter", min_exponent=3)  # 20, not 2 x 10^1
 # Okabe and Ito's colours, told apart with any colour vision; controls are grey and differ by dash.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
@@ -26,10 +27,8 @@ def grid(images, columns, inches, gap=0):
     """A figure with a row of `columns` panels for each image [3, H, W], in its shape; gap: inches for titles."""
     shapes = [image.shape[1] / image.shape[2] for image in images]
     size = (inches * columns, inches * sum(shapes) + gap * len(images) + 0.5)
-    figure, axes = plt.subplots(len(images), columns, figsize=size, height_ratios=shapes, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    return figure, axes
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    return plt.subplots(len(images), columns, figsize=size, height_ratios=shapes, squeeze=False, subplot_kw=bare)
 
 
 def save(figure, path):
@@ -88,7 +87,7 @@ def draw_edges(path, rows):
         finest = max((centreline for _, centreline, _ in drawings), key=torch.numel)
         panels = [("picture, centreline of its edges", finest, torch.zeros_like(finest)), *drawings]
         for axis, (title, centreline, edges) in zip(line, panels, strict=True):
-            zone = torch.where(centreline & (edges == 0), 4, edges)
+            zone = torch.where(centreline & (edges == 0), 4, edges).numpy()
             axis.imshow(image.permute(1, 2, 0), alpha=0.4, extent=whole)
             axis.imshow(np.ma.masked_equal(zone, 0), extent=whole, **colours)
             axis.set_title(title)
