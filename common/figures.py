@@ -26,7 +26,7 @@ DASHES = {"noise": (0, (1, 1.5)), "image": (0, (6, 2)), "shifted": (0, (5, 1.5, 
 def grid(images, columns, inches, gap=0):
     """A figure with a row of `columns` panels for each image [3, H, W], in its shape; gap: inches for titles."""
     shapes = [image.shape[1] / image.shape[2] for image in images]
-    size = (inches * columns, inches * sum(shapes) + gap * len(images) + 0.5)
+    size = (inches * columns, inches * sum(shapes) + gap * len(images) + 0.8)
     bare = {"xticks": [], "yticks": [], "frame_on": False}
     return plt.subplots(len(images), columns, figsize=size, height_ratios=shapes, squeeze=False, subplot_kw=bare)
 
@@ -165,5 +165,5 @@ def draw_predictions(path, rows, class_names):
             axis.imshow(mixed)
             axis.set_title(title)
     patches = [Patch(color=palette[label + 1], label=class_names[label]) for label in sorted(seen)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns)
+    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize="small")
     save(figure, path)
