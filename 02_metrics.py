@@ -270,7 +270,7 @@ def summarise(values, sources, seed):
     Returns {source: {"4": {"SC": {"mean", "low", "high"}, ...}}}. EF_SHARE is mean EF_CC over that of the image itself;
     NaN where the image's is not above 0.
     """
-    means = np.tensordot(run.bootstrap(len(values), seed), values, axes=1)  # [1 + RESAMPLES, source, stride, score]
+    means = np.tensordot(run.bootstrap(len(values), seed), values, axes=1)  # [resample, source, stride, score]
     ef_cc = means[..., SCORES.index("EF_CC")]
     reference = ef_cc[:, [sources.index("image")]]
     share = ef_cc / np.where(reference > 0, reference, np.nan)
@@ -308,8 +308,8 @@ def distances(centres, points):
 def spread_seeds(points, k, generator):
     """Greedy k-means++ on points [B,n,D]: RESTARTS times k of them, far from each other: [B,RESTARTS,k,D].
 
-    Each further seed is the best of TRIALS drawn in proportion to their squared distance to the nearest seed. The first
-    six of ten serve as six seeds.
+    Each further seed is the best of TRIALS drawn in proportion to their squared distance to the nearest seed.
+    The first six of ten serve as six seeds.
     """
     n = points.shape[1]
     draws = torch.rand(k, RESTARTS, TRIALS, generator=generator).to(points.device)
@@ -320,8 +320,7 @@ def spread_seeds(points, k, generator):
         cumulative = nearest[:, :, 0].cumsum(2)
         drawn = torch.searchsorted(cumulative, draw * cumulative[:, :, -1:], right=True).clamp_max(n - 1)
         tried = points.take_along_dim(drawn.flatten(1)[..., None], 1).unflatten(1, drawn.shape[1:])
-        closer = (distances(tried, points) + squares).clamp_min(0)  # [B,RESTARTS,TRIALS,n]
-        closer = torch.minimum(closer, nearest)
+        closer = (distances(tried, points) + squares).clamp_min(0).minimum(nearest)  # [B,RESTARTS,TRIALS,n]
         best = closer.sum(3, keepdim=True).argmin(2, keepdim=True)  # [B,RESTARTS,1,1]
         nearest = closer.take_along_dim(best, 2)
         seeds.append(tried.take_along_dim(best, 2))
@@ -407,9 +406,8 @@ def score_image(settings, found, name):
     for levels in maps.values():
         for stride in STRIDES:
             prepared = prepare(levels[stride])  # once for both, as most of it is an eigendecomposition
-            scores = structural_coherence(prepared[0], settings.seed, prepared) | edge_fidelity(
-                prepared[0], image, prepared
-            )
+            scores = structural_coherence(levels[stride], settings.seed, prepared)
+            scores |= edge_fidelity(levels[stride], image, prepared)
             values.append([scores[score].item() for score in SCORES])
     return np.array(values).reshape(-1, len(STRIDES), len(SCORES))
 
@@ -422,7 +420,7 @@ def edges_at_peaks(settings, found, names, values):
         image, maps = read_maps(settings, found, names[i])
         drawings = []
         for (encoder, levels), peak, scores in zip(maps.items(), peaks, values[i], strict=False):
-            features = levels[STRIDES[peak]]
+            stride, features = STRIDES[peak], levels[STRIDES[peak]]
             if min(features.shape[2:]) < 3:
                 break
             centreline, core, near = edge_zones(image, features.shape[2:])  # bool [1,h-2,w-2]
@@ -430,7 +428,7 @@ def edges_at_peaks(settings, found, names, values):
             zones = torch.where(core, 1, torch.where(near, 2, 3)).flatten(1)
             edges = torch.zeros_like(zones).scatter(1, where, zones.gather(1, where) * (strength > 0))
             ec, nc, far = scores[peak, SCORES.index("EC") :][:3]
-            title = f"{encoder}, OS {STRIDES[peak]}\nEC {ec:.2f}, NC {nc:.2f}, FAR {far:.2f}"
+            title = f"{encoder}, OS {stride}\nEC {ec:.2f}, NC {nc:.2f}, FAR {far:.2f}"
             drawings.append((title, centreline[0].cpu(), edges.view_as(core)[0].cpu()))
         if len(drawings) == len(maps) and all(centreline.any() for _, centreline, _ in drawings):
             rows.append((image[0].cpu(), drawings))

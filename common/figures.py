@@ -19,7 +19,6 @@ plt.rc("legend", frameon=False)
 plt.rc("axes.formatter", min_exponent=3)  # 20, not 2 x 10^1
 # Okabe and Ito's colours, told apart with any colour vision; controls are grey and differ by dash.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = {"noise": (0, (1, 1.5)), "image": (0, (6, 2)), "shifted": (0, (5, 1.5, 1, 1.5))}
 
 
@@ -113,15 +112,14 @@ def draw_profiles(path, metrics, selection=None):
                 continue
             random = "random weights" if source in metrics["random_weights"] else ""
             label = ", ".join(filter(None, [source, roles.get(source), random]))
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            axis.plot(strides, mean, color=colour, marker=marker, lw=2.6 if source in roles else 1.6, label=label)
+            colour, width = COLOURS[i % len(COLOURS)], 2.6 if source in roles else 1.6
+            axis.plot(strides, mean, "o-", color=colour, lw=width, label=label)
             axis.fill_between(strides, low, high, color=colour, alpha=0.18, lw=0)
         if selection:
             axis.axvline(selection["stride"], color="0.2", lw=1, zorder=0, label="s*")
-        axis.set_title(title)
+        axis.set(title=title, xlabel="output stride")
         axis.set_xscale("log", base=2)
         axis.set_xticks(strides, labels=strides)
-        axis.set_xlabel("output stride")
         axis.grid(alpha=0.25)
     axes[0].set_ylim(0, 1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
