@@ -57,7 +57,7 @@ class Settings:
 
 # ------------------------------------------------------------------ structural coherence (SC)
 @torch.no_grad()
-def structural_coherence(features, seed=0):
+def structural_coherence(features, seed=0, prepared=None):
     """Score how far feature maps are made of large, distinct regions (paper, arXiv 2605.16864).
 
     features [B,C,H,W], any float type, any device. Returns {"SFC", "SCS", "SC"}, each float32 [B] in [0,1]:
@@ -66,26 +66,22 @@ def structural_coherence(features, seed=0):
         SCS = (median_k silhouette + 1) / 2     over k-means clusterings with k = 6, 8, 10
         SC  = sqrt(SFC * SCS)
 
-    Degenerate maps score 0. Every map of a batch is sampled at the same random positions, drawn from `seed`.
+    Degenerate maps score 0. Every map of a batch is sampled at the same positions. prepared: prepare(features).
     """
     with torch.autocast(features.device.type, enabled=False):
-        return coherence(*prepare(features), seed)
-
-
-def coherence(features, usable, points, component, seed):
-    """structural_coherence of what prepare() gave."""
-    sfc = feature_contrast(torch.linalg.vector_norm(features, dim=1))
-    scs = clustering_score(features, points, seed)
-    scores = {"SFC": sfc, "SCS": scs, "SC": (sfc * scs).sqrt()}
-    return {name: torch.where(usable, score, 0) for name, score in scores.items()}
+        features, usable, points, _ = prepared or prepare(features)
+        sfc = feature_contrast(torch.linalg.vector_norm(features, dim=1))
+        scs = clustering_score(features, points, seed)
+        scores = {"SFC": sfc, "SCS": scs, "SC": (sfc * scs).sqrt()}
+        return {name: torch.where(usable, score, 0) for name, score in scores.items()}
 
 
 def prepare(features):
     """What both metrics start from: float32 features [B,C,H,W], usable [B], points [B,H*W,D], component [B,H,W].
 
+    points: in principal components, None where SCS samples the positions; component: the first one.
     A map is degenerate, and set to 0, if the std of its L2 norm is under 1e-4 of its mean: constant maps, an
     untrained ViT's normalised tokens (rounding noise), NaN, infinity, a single pixel.
-    points: in principal components, None where SCS samples the positions; component: the first one.
     """
     features = features.float()
     norm = torch.linalg.vector_norm(features, dim=1).flatten(1)  # [B,H*W]
@@ -149,14 +145,14 @@ def clustering_score(features, points, seed):
         # Evenly spaced picks from positions sorted by label, in random order within one, are a stratified sample.
         picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
         picks = labels.argsort(dim=1, stable=True)[:, picks.to(labels.device)]  # [B,m]
-        sample = points.gather(1, picks[..., None].expand(-1, -1, points.shape[2]))  # [B,m,D]
+        sample = points.take_along_dim(picks[..., None], 1)  # [B,m,D]
         silhouettes.append(silhouette(sample, labels.gather(1, picks), k))
     return (torch.stack(silhouettes).median(0).values + 1) / 2
 
 
 # ------------------------------------------------------------------ edge fidelity (EF)
 @torch.no_grad()
-def edge_fidelity(features, images):
+def edge_fidelity(features, images, prepared=None):
     """Score whether feature edges lie on the picture's edges and are sharp (paper, arXiv 2605.16864).
 
     features [B,C,H,W], any float type, any device; images [B,3,H0,W0] in [0,1], sRGB. Returns float32 [B] each:
@@ -169,31 +165,27 @@ def edge_fidelity(features, images):
         EF_CC       = 100 (EC - a) / (1 - a) * FC_PCA * SP    corrected for chance, ours: a is the core's share of the
                       area, what EC is when edges fall anywhere; below 0 where they shun the picture's edges
 
-    Degenerate maps, and maps under 3 pixels high or wide, score 0.
+    Degenerate maps, and maps under 3 pixels high or wide, score 0. prepared: prepare(features).
     """
     with torch.autocast(features.device.type, enabled=False):
-        return fidelity(*prepare(features), images)
-
-
-def fidelity(features, usable, points, component, images):
-    """edge_fidelity of what prepare() gave."""
-    if min(features.shape[2:]) < 3:
-        return {name: features.new_zeros(len(features)) for name in SCORES[3:]}
-    _, core, near = edge_zones(images.float(), features.shape[2:])  # bool [B,H-2,W-2]
-    strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
-    strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
-    ec, nc, far = ((strength * z.flatten(1).gather(1, where)).sum(1) for z in (core, near, ~(core | near)))
-    chance = core.float().mean((1, 2))
-    norm = torch.linalg.vector_norm(features, dim=1)  # [B,H,W]
-    fc = high_frequency_share(standardise(norm))
-    fc_pca = high_frequency_share(component.clamp(-8, 8))
-    sp = spatial_precision(norm)
-    corrected = torch.where(chance < 1, (ec - chance) / (1 - chance).clamp_min(1e-6), 0)
-    scores = {"EC": ec, "NC": nc, "FAR": far, "FC": fc, "FC_PCA": fc_pca, "SP": sp}
-    scores["EF"] = 100 * ec * nc * fc * sp
-    scores["EF_RELEASED"] = 100 * nc * (1 - far) * fc_pca * sp
-    scores["EF_CC"] = 100 * corrected * fc_pca * sp
-    return {name: torch.where(usable, score, 0) for name, score in scores.items()}
+        features, usable, _, component = prepared or prepare(features)
+        if min(features.shape[2:]) < 3:
+            return {name: features.new_zeros(len(features)) for name in SCORES[3:]}
+        _, core, near = edge_zones(images.float(), features.shape[2:])  # bool [B,H-2,W-2]
+        strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
+        strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
+        ec, nc, far = ((strength * z.flatten(1).gather(1, where)).sum(1) for z in (core, near, ~(core | near)))
+        norm = torch.linalg.vector_norm(features, dim=1)  # [B,H,W]
+        fc = high_frequency_share(standardise(norm))
+        fc_pca = high_frequency_share(component.clamp(-8, 8))
+        sp = spatial_precision(norm)
+        chance = core.float().mean((1, 2))
+        corrected = torch.where(chance < 1, (ec - chance) / (1 - chance).clamp_min(1e-6), 0)
+        scores = {"EC": ec, "NC": nc, "FAR": far, "FC": fc, "FC_PCA": fc_pca, "SP": sp}
+        scores["EF"] = 100 * ec * nc * fc * sp
+        scores["EF_RELEASED"] = 100 * nc * (1 - far) * fc_pca * sp
+        scores["EF_CC"] = 100 * corrected * fc_pca * sp
+        return {name: torch.where(usable, score, 0) for name, score in scores.items()}
 
 
 def gradient(maps):
@@ -250,13 +242,10 @@ def spatial_precision(norm):
     found = torch.zeros(len(detail), device=detail.device)  # [B], 0 while it is searched for
     for r in radii:
         # Swapping the two sides turns an offset into its opposite: four offsets stand for all eight.
-        overlaps = [
-            (detail[:, r:], detail[:, :-r]),
-            (detail[:, :, r:], detail[:, :, :-r]),
-            (detail[:, r:, r:], detail[:, :-r, :-r]),
-            (detail[:, r:, :-r], detail[:, :-r, r:]),
-        ]
-        products = [(standardise(a) * standardise(b)).sum((1, 2)) / (a[0].numel() - 1) for a, b in overlaps]
+        lower, upper = detail[:, r:], detail[:, :-r]
+        pairs = [(lower, upper), (detail[:, :, r:], detail[:, :, :-r])]
+        pairs += [(lower[:, :, r:], upper[:, :, :-r]), (lower[:, :, :-r], upper[:, :, r:])]
+        products = [(standardise(a) * standardise(b)).sum((1, 2)) / (a[0].numel() - 1) for a, b in pairs]
         similarity = torch.stack(products).mean(0)  # [B], of Pearson's r
         found = torch.where((found == 0) & (similarity < SP_THRESHOLD), float(r), found)
         if found.all():
@@ -281,7 +270,7 @@ def summarise(values, sources, seed):
     Returns {source: {"4": {"SC": {"mean", "low", "high"}, ...}}}. EF_SHARE is mean EF_CC over that of the image itself;
     NaN where the image's is not above 0.
     """
-    means = np.tensordot(run.bootstrap(len(values), seed), values, axes=1)  # [1 + RESAMPLES, source, stride, score]
+    means = np.tensordot(run.bootstrap(len(values), seed), values, axes=1)  # [resample, source, stride, score]
     ef_cc = means[..., SCORES.index("EF_CC")]
     reference = ef_cc[:, [sources.index("image")]]
     share = ef_cc / np.where(reference > 0, reference, np.nan)
@@ -296,14 +285,13 @@ def summarise(values, sources, seed):
 
 def print_profiles(metrics):
     """A row for each source and score, a column for each stride, controls last."""
-    wide = max(14, *(len(source) + 2 for source in metrics["scores"]))
-    print(f"\n{'source':{wide}}{'score':14}" + "".join(f"{f'OS {stride}':>9}" for stride in STRIDES))
+    rows = [["source", "score", *(f"OS {stride}" for stride in STRIDES)]]
     for source, profile in metrics["scores"].items():
         for score in ("SC", "EF", "EF_RELEASED", "EF_CC", "EF_SHARE"):
-            means = [profile[str(stride)][score]["mean"] for stride in STRIDES]
             digits = 3 if score in ("SC", "EF_SHARE") else 1
-            cells = "".join(f"{'-' if math.isnan(mean) else f'{mean:.{digits}f}':>9}" for mean in means)
-            print(f"{source if score == 'SC' else '':{wide}}{score:14}{cells}")
+            means = [profile[str(stride)][score]["mean"] for stride in STRIDES]
+            rows.append([source, score, *(run.number(mean, digits) for mean in means)])
+    print(f"\n{run.table(rows)}")
     print(f"means over {metrics['images']} images; {', '.join(CONTROLS)} are controls, no encoder")
     for encoder in metrics["random_weights"]:
         print(f"WARNING: {encoder} has RANDOM weights: its numbers say nothing about the trained one")
@@ -311,32 +299,32 @@ def print_profiles(metrics):
 
 # ------------------------------------------------------------------ k-means, in batches
 def distances(centres, points):
-    """Squared, of centres [B,*,D] to points [B,n,D], less the point's own square: [B,*,n]."""
-    return torch.baddbmm(centres.square().sum(2, keepdim=True), centres, points.mT, alpha=-2)  # [B,*,n]
+    """Squared, of centres [B,...,D] to points [B,n,D], less the point's own square: [B,...,n]."""
+    flat = centres.flatten(1, -2)
+    squares = flat.square().sum(2, keepdim=True)
+    return torch.baddbmm(squares, flat, points.mT, alpha=-2).unflatten(1, centres.shape[1:-1])
 
 
 def spread_seeds(points, k, generator):
     """Greedy k-means++ on points [B,n,D]: RESTARTS times k of them, far from each other: [B,RESTARTS,k,D].
 
-    Each further seed is the best of TRIALS drawn in proportion to their squared distance to the nearest seed. The first
-    six of ten serve as six seeds.
+    Each further seed is the best of TRIALS drawn in proportion to their squared distance to the nearest seed.
+    The first six of ten serve as six seeds.
     """
-    n, dimensions = points.shape[1:]
+    n = points.shape[1]
     draws = torch.rand(k, RESTARTS, TRIALS, generator=generator).to(points.device)
-    squares = points.square().sum(2)[:, None]  # [B,1,n]
-    seeds = [points[:, (draws[0, :, 0] * n).long()]]  # [B,RESTARTS,D] each
-    nearest = (distances(seeds[0], points) + squares).clamp_min(0)  # [B,RESTARTS,n]
+    squares = points.square().sum(2)[:, None, None]  # [B,1,1,n]
+    seeds = [points[:, (draws[0, :, :1] * n).long()]]  # [B,RESTARTS,1,D] each
+    nearest = (distances(seeds[0], points) + squares).clamp_min(0)  # [B,RESTARTS,1,n]
     for draw in draws[1:]:
-        cumulative = nearest.cumsum(2)
+        cumulative = nearest[:, :, 0].cumsum(2)
         drawn = torch.searchsorted(cumulative, draw * cumulative[:, :, -1:], right=True).clamp_max(n - 1)
-        tried = points.gather(1, drawn.flatten(1)[..., None].expand(-1, -1, dimensions))  # [B,RESTARTS*TRIALS,D]
-        closer = (distances(tried, points) + squares).clamp_min(0).unflatten(1, (RESTARTS, TRIALS))
-        closer = torch.minimum(closer, nearest[:, :, None])  # [B,RESTARTS,TRIALS,n]
-        best = closer.sum(3).argmin(2, keepdim=True)  # [B,RESTARTS,1]
-        nearest = closer.gather(2, best[..., None].expand(-1, -1, -1, n))[:, :, 0]
-        tried = tried.unflatten(1, (RESTARTS, TRIALS))
-        seeds.append(tried.gather(2, best[..., None].expand(-1, -1, -1, dimensions))[:, :, 0])
-    return torch.stack(seeds, dim=2)
+        tried = points.take_along_dim(drawn.flatten(1)[..., None], 1).unflatten(1, drawn.shape[1:])
+        closer = (distances(tried, points) + squares).clamp_min(0).minimum(nearest)  # [B,RESTARTS,TRIALS,n]
+        best = closer.sum(3, keepdim=True).argmin(2, keepdim=True)  # [B,RESTARTS,1,1]
+        nearest = closer.take_along_dim(best, 2)
+        seeds.append(tried.take_along_dim(best, 2))
+    return torch.cat(seeds, dim=2)
 
 
 def kmeans(points, seeds):
@@ -345,12 +333,12 @@ def kmeans(points, seeds):
     Restarts race over a part of the points; only the FINALISTS with the least inertia go on over all of them.
     """
     centres = lloyd(points[:, : max(points.shape[1] // COARSE, 512)], seeds)
-    inertia = distances(centres.flatten(1, 2), points).unflatten(1, centres.shape[1:3]).amin(2).sum(2)
-    best = inertia.topk(FINALISTS, largest=False).indices  # [B,FINALISTS]
-    centres = lloyd(points, centres.gather(1, best[:, :, None, None].expand(-1, -1, *centres.shape[2:])))
-    distance = distances(centres.flatten(1, 2), points).unflatten(1, centres.shape[1:3])  # [B,FINALISTS,k,n]
-    best = distance.amin(2).sum(2).argmin(1)  # [B]
-    return distance[torch.arange(len(best), device=best.device), best].argmin(1)
+    inertia = distances(centres, points).amin(2).sum(2)  # [B,RESTARTS]
+    best = inertia.topk(FINALISTS, largest=False).indices
+    centres = lloyd(points, centres.take_along_dim(best[..., None, None], 1))
+    distance = distances(centres, points)  # [B,FINALISTS,k,n]
+    best = distance.amin(2).sum(2).argmin(1, keepdim=True)  # [B,1]
+    return distance.take_along_dim(best[..., None, None], 1)[:, 0].argmin(1)
 
 
 def lloyd(points, centres):
@@ -363,11 +351,11 @@ def lloyd(points, centres):
         if len(active) == 0:
             break
         before = centres[:, active]  # [B,A,k,D]
-        distance = distances(before.flatten(1, 2), points).unflatten(1, before.shape[1:3])  # [B,A,k,n]
+        distance = distances(before, points)  # [B,A,k,n]
         # Two centres on the same spot share their points and stay together: no need for argmin, far slower.
         member = (distance == distance.amin(2, keepdim=True)).float()
         size = member.sum(3, keepdim=True)  # [B,A,k,1]
-        after = (member.flatten(1, 2) @ points).unflatten(1, before.shape[1:3]) / size.clamp_min(1)
+        after = (member.flatten(1, 2) @ points).view_as(before) / size.clamp_min(1)
         after = torch.where((size > 0) & moving[:, active, None, None], after, before)  # empty ones stay
         centres[:, active] = after
         moving[:, active] &= (after - before).square().sum((2, 3)) > threshold
@@ -380,13 +368,12 @@ def silhouette(points, labels, k):
     member = F.one_hot(labels, k).float()  # [B,n,k]
     size = member.sum(1, keepdim=True)  # [B,1,k]
     total = distance @ member  # [B,n,k] summed distance to each cluster
-    own = labels[..., None]  # [B,n,1]
-    own_size = size.expand_as(total).gather(2, own)
-    inside = total.gather(2, own) / (own_size - 1).clamp_min(1)
+    own_size = (size * member).sum(2)  # [B,n]
+    inside = (total * member).sum(2) / (own_size - 1).clamp_min(1)
     others = (total / size.clamp_min(1)).masked_fill((size == 0) | (member > 0), torch.inf)
-    outside = others.amin(2, keepdim=True)
+    outside = others.amin(2)
     scores = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
-    return torch.where((own_size > 1) & outside.isfinite(), scores, 0).mean((1, 2))
+    return torch.where((own_size > 1) & outside.isfinite(), scores, 0).mean(1)
 
 
 # ------------------------------------------------------------------ the stage
@@ -419,36 +406,34 @@ def score_image(settings, found, name):
     for levels in maps.values():
         for stride in STRIDES:
             prepared = prepare(levels[stride])  # once for both, as most of it is an eigendecomposition
-            scores = coherence(*prepared, settings.seed) | fidelity(*prepared, image)
+            scores = structural_coherence(levels[stride], settings.seed, prepared)
+            scores |= edge_fidelity(levels[stride], image, prepared)
             values.append([scores[score].item() for score in SCORES])
     return np.array(values).reshape(-1, len(STRIDES), len(SCORES))
 
 
 def edges_at_peaks(settings, found, names, values):
     """Rows for draw_edges: three pictures, each encoder's edges at the stride where its mean EF peaks."""
-    peaks = values[..., SCORES.index("EF")].mean(0).argmax(1)  # [source]
+    peaks = values[..., SCORES.index("EF")].mean(0).argmax(1)  # [source], the encoders first
     rows = []
-    for name in names[:: max(1, len(names) // 3)][:3]:
-        image, maps = read_maps(settings, found, name)
+    for i in run.evenly_spaced(range(len(names)), 3):
+        image, maps = read_maps(settings, found, names[i])
         drawings = []
-        for encoder, peak in zip(found["encoders"], peaks, strict=False):  # the encoders come first
-            prepared = prepare(maps[encoder][STRIDES[peak]])
-            size = prepared[0].shape[2:]
-            if min(size) < 3:
+        for (encoder, levels), peak, scores in zip(maps.items(), peaks, values[i], strict=False):
+            stride, features = STRIDES[peak], levels[STRIDES[peak]]
+            if min(features.shape[2:]) < 3:
                 break
-            centreline, core, near = (zone[0].cpu() for zone in edge_zones(image, size))  # bool [h-2,w-2]
-            if not centreline.any():
-                break
-            shares = fidelity(*prepared, image)
-            strength, where = (top[0].cpu() for top in strongest(gradient(prepared[3])[:, 1:-1, 1:-1]))  # [n]
-            edge = torch.zeros(core.numel(), dtype=torch.long).scatter(0, where, (strength > 0).long())
-            edges = edge.view_as(core) * torch.where(core, 1, torch.where(near, 2, 3))
-            parts = ", ".join(f"{part} {shares[part].item():.2f}" for part in ("EC", "NC", "FAR"))
-            drawings.append((f"{encoder}, OS {STRIDES[peak]}\n{parts}", centreline, edges))
-        if len(drawings) == len(maps):
+            centreline, core, near = edge_zones(image, features.shape[2:])  # bool [1,h-2,w-2]
+            strength, where = strongest(gradient(prepare(features)[3])[:, 1:-1, 1:-1])  # [1,n]
+            zones = torch.where(core, 1, torch.where(near, 2, 3)).flatten(1)
+            edges = torch.zeros_like(zones).scatter(1, where, zones.gather(1, where) * (strength > 0))
+            ec, nc, far = scores[peak, SCORES.index("EC") :][:3]
+            title = f"{encoder}, OS {stride}\nEC {ec:.2f}, NC {nc:.2f}, FAR {far:.2f}"
+            drawings.append((title, centreline[0].cpu(), edges.view_as(core)[0].cpu()))
+        if len(drawings) == len(maps) and all(centreline.any() for _, centreline, _ in drawings):
             rows.append((image[0].cpu(), drawings))
         else:
-            print(f"edges.png leaves out {name}: no contrast, or a map under 3 pixels high or wide")
+            print(f"edges.png leaves out {names[i]}: no contrast, or a map under 3 pixels high or wide")
     return rows
 
 

@@ -56,7 +56,8 @@ def score(maps, image):
     scores = {}
     for stride, features in maps.items():
         prepared = metrics.prepare(features)
-        scores[stride] = metrics.coherence(*prepared, 0) | metrics.fidelity(*prepared, image)
+        scores[stride] = metrics.structural_coherence(features, prepared=prepared)
+        scores[stride] |= metrics.edge_fidelity(features, image, prepared)
     return scores
 
 

@@ -125,7 +125,7 @@ def compare_with_truth(sc, truth, encoders, seed):
 def main():
     settings = run.parse(__doc__, Settings)
     folder = settings.run
-    found, names = metrics.open_run(folder)
+    found, names = metrics.finished_run(folder)
     settings.seed = found["seed"] if settings.seed is None else settings.seed
     need(found["benchmark"], f"{folder} holds pictures without labels: SC_GT needs a run made with --benchmark")
     sc = read_coherence(folder, found, names)

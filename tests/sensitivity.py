@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--run", type=Path, default=Path("runs/toycity"))
     parser.add_argument("--limit", type=int, help="pictures, evenly spaced")
     args = parser.parse_args()
-    settings, names = metrics.open_run(args.run)
+    settings, names = metrics.finished_run(args.run)
     names = names[:: max(1, len(names) // (args.limit or len(names)))]
     torch.set_num_threads(1)
     variants = [(None, None)] + [(name, value) for name, (_, *values) in SETTINGS.items() for value in values]

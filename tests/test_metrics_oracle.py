@@ -181,7 +181,8 @@ def test_components_computed_once_give_the_same_scores(images):
     for features in (smooth(40, 32, 64, seed=3), smooth(600, 16, 32, seed=4), smooth(6, 80, 96, seed=5)):
         prepared = metrics.prepare(features[None])
         assert (prepared[2] is None) == (features[0].numel() > metrics.POSITIONS)
-        shared = metrics.coherence(*prepared, 0) | metrics.fidelity(*prepared, images[:1])
+        shared = metrics.structural_coherence(features[None], prepared=prepared)
+        shared |= metrics.edge_fidelity(features[None], images[:1], prepared)
         assert shared == both(features[None], images[:1])
         alone = metrics.principal_components(metrics.channels_standardised(features[None]), 1)  # the first one only
         alone = metrics.standardise(alone[..., 0].unflatten(1, features.shape[1:]))
