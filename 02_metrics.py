@@ -213,10 +213,10 @@ def edge_zones(images, size):
     padded = gradient(luminance)  # [B,H,W]
     valid = padded[:, 1:-1, 1:-1]
     low, high = valid.amin((1, 2), keepdim=True), valid.amax((1, 2), keepdim=True)
-    padded = (padded - low) / (high - low).clamp_min(1e-12)
+    padded = ((padded - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)  # the border may lie outside
     valid = padded[:, 1:-1, 1:-1]
     edges = torch.zeros_like(valid).flatten(1).scatter(1, strongest(valid)[1], 1).view_as(valid)
-    ridge = valid >= F.max_pool2d(padded, 3, stride=1) - 1e-6  # the border may outshine its neighbours
+    ridge = valid >= F.max_pool2d(padded, 3, stride=1) - 1e-6
     centreline = edges * ridge * (high - low >= 1e-6)  # a picture without contrast has no edges
     core = F.max_pool2d(centreline, 2 * R_IN + 1, stride=1, padding=R_IN) > 0
     reach = F.max_pool2d(centreline, 2 * R_OUT + 1, stride=1, padding=R_OUT) > 0

@@ -101,20 +101,26 @@ def true_coherence(settings, found, names):
 
 
 def compare_with_truth(sc, truth, encoders, seed):
-    """How SC ranks maps beside SC_GT: {"rho", "low", "high", "maps", "SC_GT": {encoder: {stride: mean}}}.
+    """How SC ranks maps beside SC_GT: {"rho", "low", "high", "of_means": {the same}, "maps", "SC_GT": means}.
 
-    sc, truth [image, encoder, stride]. rho is Spearman's over images, encoders and strides, the interval a bootstrap
-    over the images.
+    sc, truth [image, encoder, stride]. rho is Spearman's over images, encoders and strides, and again over encoders and
+    strides, of means over images (what the paper's 0.726 most likely is). Intervals are a bootstrap over images.
     """
 
-    def rho(chosen):
+    def of_maps(chosen):
         return stats.spearmanr(sc[chosen].ravel(), truth[chosen].ravel(), nan_policy="omit").statistic
 
-    draws = np.random.default_rng(seed).integers(len(sc), size=(RESAMPLES, len(sc)))
-    low, high = np.nanpercentile([rho(draw) for draw in draws], [2.5, 97.5])
+    def of_means(chosen):
+        means = np.nanmean(truth[chosen], axis=0).ravel()
+        return stats.spearmanr(sc[chosen].mean(0).ravel(), means, nan_policy="omit").statistic
+
+    def interval(rho):
+        draws = np.random.default_rng(seed).integers(len(sc), size=(RESAMPLES, len(sc)))
+        low, high = np.nanpercentile([rho(draw) for draw in draws], [2.5, 97.5])
+        return {"rho": float(rho(slice(None))), "low": float(low), "high": float(high)}
+
     means = np.nanmean(truth, axis=0)  # [encoder, stride]
-    result = {key: float(number) for key, number in (("rho", rho(slice(None))), ("low", low), ("high", high))}
-    result["maps"] = int(np.isfinite(truth).sum())
+    result = interval(of_maps) | {"of_means": interval(of_means), "maps": int(np.isfinite(truth).sum())}
     result["SC_GT"] = {
         encoder: dict(zip(map(str, STRIDES), row, strict=True))
         for encoder, row in zip(encoders, means.tolist(), strict=True)
@@ -138,10 +144,14 @@ def main():
             table.writerow([names[i], found["encoders"][j], STRIDES[k], *numbers])
     result = compare_with_truth(sc, truth, found["encoders"], settings.seed)
     run.write_json(folder / "ground_truth.json", result)
-    interval = f"{result['low']:.3f} to {result['high']:.3f}"
-    print(
-        f"SC and SC_GT: Spearman's rho {result['rho']:.3f} ({interval}) over {result['maps']} maps (the paper: 0.726)"
-    )
+    points = len(found["encoders"]) * len(STRIDES)
+    for rho, what in [
+        (result, f"{result['maps']} maps"),
+        (result["of_means"], f"{points} means of encoder and stride"),
+    ]:
+        interval = f"{rho['low']:.3f} to {rho['high']:.3f}"
+        print(f"SC and SC_GT: Spearman's rho {rho['rho']:.3f} ({interval}) over {what}")
+    print("the paper gives 0.726, most likely over means")
     print(f"wrote ground_truth.csv and ground_truth.json in {folder}")
 
 

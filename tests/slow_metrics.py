@@ -82,7 +82,7 @@ def zones(image, size, inner=2, outer=4):
     spread = inside.max() - inside.min()
     centreline = np.zeros(inside.shape, bool)
     if spread >= 1e-6:
-        magnitude = (magnitude - inside.min()) / spread
+        magnitude = np.clip((magnitude - inside.min()) / spread, 0, 1)
         inside = magnitude[1:-1, 1:-1]
         threshold = np.sort(inside.ravel())[-math.ceil(0.1 * inside.size)]
         peaks = inside >= ndimage.maximum_filter(magnitude, 3)[1:-1, 1:-1] - 1e-6

@@ -331,3 +331,12 @@ def test_drawing_leaves_out_pictures_whose_maps_are_too_small(filled, capsys):
     values[:, :, 3, metrics.SCORES.index("EF")] = 1  # they peak at OS 32, where maps are 2 x 3
     assert metrics.edges_at_peaks(settings, found, found["images"], values) == []
     assert capsys.readouterr().out.count("under 3 pixels") == 3
+
+
+def test_a_border_that_outshines_the_inside_hides_no_edge():
+    """The gradient is clamped to [0, 1] before a pixel is held against its neighbours, those of the border included."""
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., 2:] = 0.5  # its gradient is highest in columns 1 and 2
+    image[..., 0] = 1  # on the border it is higher still
+    centreline, _, _ = metrics.edge_zones(image, (16, 16))
+    assert centreline[0, :, 0].all()  # column 1 of the map

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import slow_metrics
 import torch
+from scipy import stats
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
@@ -229,6 +230,8 @@ def test_rank_correlation_with_truth_is_spearmans():
     sc = rng.random((6, 2, 4))
     same = ground_truth.compare_with_truth(sc, sc**3, ["a", "b"], seed=0)
     assert [same["rho"], same["low"], same["high"]] == pytest.approx([1, 1, 1])
+    assert ground_truth.compare_with_truth(sc, sc, ["a", "b"], seed=0)["of_means"]["rho"] == pytest.approx(1)
+    assert same["of_means"]["rho"] == pytest.approx(stats.spearmanr(sc.mean(0).ravel(), (sc**3).mean(0).ravel())[0])
     assert same["SC_GT"]["b"]["8"] == pytest.approx((sc[:, 1, 1] ** 3).mean())
     truth = rng.random((6, 2, 4))
     truth[0, 0, 0] = np.nan  # one segment only
