@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import slow_metrics
 import torch
-from scipy import stats
 import torch.nn.functional as F
+from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
