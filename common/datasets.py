@@ -11,22 +11,20 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 """
 
 import contextlib
-import functools
-import io
 import json
 import pickle
 import re
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 
 from common import toycity
@@ -37,12 +35,8 @@ PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg",
 
 
 # ------------------------------------------------------------------ classes
-class Category(NamedTuple):
-    id: int  # in the data set's own files
-    name: str
-    isthing: bool
-
-
+# Its id in the data set's own files, its name, and whether it is a thing
+Category = namedtuple("Category", "id name isthing")
 # Cityscapes' 19 evaluated classes, in train-id order
 ALL_CITYSCAPES = torchvision.datasets.Cityscapes.classes
 CITYSCAPES = [Category(c.id, c.name, c.has_instances) for c in ALL_CITYSCAPES if not c.ignore_in_eval]
@@ -70,15 +64,17 @@ class Benchmark:
     size: str = "512x1024"  # of the pictures that stage 1 extracts
 
 
-ADE20K, CITYSCAPES_VAL = "ADEChallengeData2016", ("cityscapes val", "instance", ("AP",), CITYSCAPES_THINGS)
-ADE20K_SPLITS = f"{ADE20K} training", f"{ADE20K} validation"
+ADE20K = "ADEChallengeData2016"
+CITYSCAPES_VAL = "cityscapes val", "instance", ("AP",), CITYSCAPES_THINGS
 BENCHMARKS = {
     "toycity": Benchmark("toycity train", "toycity val", "panoptic", ("mIoU", "AP", "PQ"), TOYCITY),
     "cityscapes_semantic": Benchmark("cityscapes train", "cityscapes val", "semantic", ("mIoU",), CITYSCAPES, "82.8"),
     "cityscapes_instance": Benchmark("cityscapes train", *CITYSCAPES_VAL, "39.5"),
     "coco_instance": Benchmark("coco train2017", "coco val2017", "instance", ("AP",), None, "47.3", "512"),
     "coco_panoptic": Benchmark("coco train2017", "coco val2017", "panoptic", ("PQ",), None, "56.9", "512"),
-    "ade20k_semantic": Benchmark(*ADE20K_SPLITS, "semantic", ("mIoU",), None, "57.5", "512"),
+    "ade20k_semantic": Benchmark(
+        f"{ADE20K} training", f"{ADE20K} validation", "semantic", ("mIoU",), None, "57.5", "512"
+    ),
     "kitti360_instance": Benchmark("KITTI-360 train", "KITTI-360 val", "instance", ("AP",), KITTI360_THINGS, "21.9"),
     "urbansyn_to_cityscapes_instance": Benchmark("urbansyn train", *CITYSCAPES_VAL, "32.5 (ViT-L)"),
     "synscapes_to_cityscapes_instance": Benchmark("synscapes train", *CITYSCAPES_VAL, "33.4 (ViT-L)"),
@@ -106,75 +102,59 @@ def open_split(name: str, data: Path, part: str) -> "Split":
 
 
 # ------------------------------------------------------------------ readers
-class Labels(NamedTuple):
-    ids: np.ndarray  # int32 [H, W]
-    class_of: dict  # {id: what the data set calls its class}; pixels of other ids are void
-    crowds: list = ()  # the ids of crowds
+# ids: int32 [H, W]; class_of: {id: what the data set calls its class}, other ids being void; crowds: ids of crowds
+Labels = namedtuple("Labels", "ids class_of crowds")
 
 
-def read_cityscapes(files: list[Path]) -> Labels:
-    """instanceIds hold the label ids too: id*1000 + n for a thing, the bare id for stuff, groups and void."""
-    ids = label_image(files[0])
-    class_of = {value: value // 1000 if value >= 1000 else value for value in present(ids)}
-    return Labels(ids, class_of, [value for value in class_of if value < 1000])
+def read_ids(files, size, bare):
+    """Ids below `bare` are labels themselves, as of stuff, groups of things and void; all others are label*1000 + n."""
+    ids = label_image(files[0], size)
+    class_of = {value: value if value < bare else value // 1000 for value in present(ids)}
+    return Labels(ids, class_of, [value for value in class_of if value < bare])
 
 
-def read_kitti360(files: list[Path]) -> Labels:
-    """All values are id*1000 + n, so that n may be 0 for a thing; only 0 is void."""
-    ids = label_image(files[0])
-    return Labels(ids, {value: value // 1000 for value in present(ids)})
-
-
-def read_ade20k(files: list[Path]) -> Labels:
-    ids = label_image(files[0])
-    return Labels(ids, {value: value for value in present(ids)})
-
-
-def read_urbansyn(files: list[Path]) -> Labels:
+def read_urbansyn(files, size):
     """One colour an instance, named with its class in the JSON; colours that are not there are stuff, void for us."""
-    ids = colour_ids(files[0])
-    try:
-        entries = [(entry["color"][:3], entry["label"]) for entry in read_json(files[1])]
-        named = {int(r) + 256 * int(g) + 65536 * int(b): label for (r, g, b), label in entries}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f'{files[1]} is not a list of objects with "color" and "label"') from None
-    return Labels(ids, {value: named[value] for value in present(ids) if value in named})
+    ids, named = label_image(files[0], size, colours=True), {}
+    with reading(files[1], 'a list of objects with "color" and "label"'):
+        for entry in json.loads(files[1].read_text("utf-8", "replace")):
+            red, green, blue = map(int, entry["color"][:3])
+            named[red + 256 * green + 65536 * blue] = entry["label"]
+    return Labels(ids, {value: named[value] for value in present(ids) if value in named}, [])
 
 
-def read_synscapes(files: list[Path]) -> Labels:
+def read_synscapes(files, size):
     """An instance's class is that of most of its pixels; things without an instance are a crowd."""
-    classes, instances = label_image(files[0]), colour_ids(files[1])
-    need(classes.shape == instances.shape, f"{files[0]} is {classes.shape}, its instances {instances.shape}")
-    need(classes.max() < 256, f"{files[0]} holds the label {classes.max()}, which is not in the table of classes")
+    classes, instances = label_image(files[0], size), label_image(files[1], size, colours=True)
+    need(classes.max() < 256, f"{files[0]} holds the unknown label {classes.max()}")
     numbers, places = compact(instances)
-    counts = count_pairs(places, classes, (len(numbers), 256))
+    majority = count_pairs(places, classes, (len(numbers), 256)).argmax(1)
     ids = np.where(instances > 0, 256 + places, classes)  # below 256: pixels without an instance, by class
-    crowds = [value for value in present(ids) if value < 256]
-    things = {256 + i: int(counts[i].argmax()) for i, number in enumerate(numbers) if number > 0}
-    return Labels(ids, {value: value for value in crowds} | things, crowds)
+    class_of = {value: value if value < 256 else int(majority[value - 256]) for value in present(ids)}
+    return Labels(ids, class_of, [value for value in class_of if value < 256])
 
 
-def read_synthia(files: list[Path]) -> Labels:
+def read_synthia(files, size):
     """16 bits a channel, the first the class, the second the instance; things without an instance are a crowd."""
-    try:  # Pillow would cut the numbers to 8 bits
-        channels = torchvision.io.read_image(str(files[0]), torchvision.io.ImageReadMode.UNCHANGED).numpy()
-    except RuntimeError as error:
-        raise UserError(f"{files[0]} cannot be read as a picture ({str(error).splitlines()[0]})") from None
-    need(channels.dtype == np.uint16 and len(channels) > 1, f"{files[0]} is no colour PNG of 16 bits a channel")
+    with reading(files[0], "a picture"):  # Pillow would cut the numbers to 8 bits
+        channels = torchvision.io.decode_image(str(files[0]), "UNCHANGED").numpy()
+    fits = channels.dtype == np.uint16 and len(channels) > 1 and channels.shape[1:] == size
+    need(fits, f"{files[0]} is no colour PNG of 16 bits a channel and the size of its picture, {size}")
     highest = channels[0].max()  # beyond the table, ids would be large numbers
-    need(highest <= max(SYNTHIA), f"{files[0]} holds the label {highest}, which is not in the table of classes")
+    need(highest <= max(SYNTHIA), f"{files[0]} holds the unknown label {highest}")
     ids = channels[0].astype(np.int32) * 65536 + channels[1]
     class_of = {value: value >> 16 for value in present(ids)}
     return Labels(ids, class_of, [value for value in class_of if value & 65535 == 0])
 
 
-def read_coco_panoptic(files: list[Path], segments: dict) -> Labels:
+def read_coco_panoptic(files, size, segments):
     """One colour a segment; segments: {id: (category id, is it a crowd?)}."""
-    ids = colour_ids(files[0])
+    ids = label_image(files[0], size, colours=True)
     values = [value for value in present(ids) if value]
-    for value in values:
-        need(value in segments, f"{files[0]} holds the segment {value}, which is not among those of its JSON")
-    return Labels(ids, {value: segments[value][0] for value in values}, [v for v in values if segments[v][1]])
+    unknown = [value for value in values if value not in segments]
+    need(not unknown, f"{files[0]} holds segments that its JSON does not list: {unknown[:3]}")
+    crowds = [value for value in values if segments[value][1]]
+    return Labels(ids, {value: segments[value][0] for value in values}, crowds)
 
 
 ITSELF = {label: label for label in range(34)}
@@ -186,10 +166,10 @@ SYNSCAPES = ["img/rgb/{stem}.png", "img/class/{stem}.png", "img/instance/{stem}.
 # By folder: what reads the labels; {what their files call a class: the id of a category, or one that is not evaluated};
 # and where a picture and its labels lie, what stands in braces being alike in all of them.
 DATA_SETS = {
-    "toycity": (read_cityscapes, ITSELF, CITY),
-    "cityscapes": (read_cityscapes, ITSELF, CITY),
-    "KITTI-360": (read_kitti360, {label: label for label in range(45)} | {34: 11}, KITTI),  # garages count as buildings
-    ADE20K: (read_ade20k, {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
+    "toycity": (partial(read_ids, bare=1000), ITSELF, CITY),
+    "cityscapes": (partial(read_ids, bare=1000), ITSELF, CITY),
+    "KITTI-360": (partial(read_ids, bare=0), dict(zip(range(45), range(45))) | {34: 11}, KITTI),  # garages: buildings
+    ADE20K: (partial(read_ids, bare=65536), {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
     "urbansyn": (read_urbansyn, {c.name: c.id for c in ALL_CITYSCAPES}, URBANSYN),
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
     "synthia": (read_synthia, SYNTHIA, ["RGB/{stem}.png", "GT/LABELS/{stem}.png"]),
@@ -206,7 +186,7 @@ class Split(Dataset):
     unknown label.
     """
 
-    def __init__(self, benchmark: Benchmark, data: Path, where: str, measures: tuple[str, ...] = ()):
+    def __init__(self, benchmark, data, where, measures=()):
         folder, split = where.split()
         self.root, self.task, self.measures = data / folder, benchmark.task, measures
         self.read, id_of, templates = DATA_SETS[folder]
@@ -220,11 +200,8 @@ class Split(Dataset):
             self.categories = ade20k_categories(self.root / "objectInfo150.txt")
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for files in self.files:
-            for file in files:
-                need(
-                    (self.root / file).is_file(), f"{self.root / files[0]} needs {self.root / file}, which is not there"
-                )
+        for path in (self.root / file for files in self.files for file in files):
+            need(path.is_file(), f"{path} is needed and not there")
         self.names = [picture for picture, *_ in self.files]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
         self.label_of = {called: index_of.get(id) for called, id in id_of.items()}  # None: is not evaluated
@@ -232,55 +209,48 @@ class Split(Dataset):
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index):
         picture, *files = (self.root / file for file in self.files[index])
         image = read_image(picture, turn=False)
-        image_id = int(self.coco.image_ids[index]) if self.coco else index
-        sample = {"image": image, "image_id": image_id, "name": self.names[index]}
         size = tuple(image.shape[1:])
+        image_id = self.coco.image_ids[index] if self.coco else index
+        sample = {"image": image, "image_id": image_id, "name": self.names[index]}
         if self.coco and self.task == "instance":
-            rles, called, crowd = self.coco.masks(index, size)
+            ids, (sample["rles"], called, crowd) = None, self.coco.masks(index, size)
             labels = [self.label(category, self.coco.file) for category in called]
-            sample |= {"rles": rles, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
-            return sample | ({"truth": {"instance": ()}} if self.measures else {})
-        found = self.read(files, self.coco[index]) if self.coco else self.read(files)
-        need(found.ids.shape == size, f"{files[0]} is {found.ids.shape}, its picture {size}")
-        sample |= self.segments(found, files[0])
-        return sample | ({"truth": self.truth(sample, found.ids, files)} if self.measures else {})
+        else:
+            found = self.read(files, size, *([self.coco[index]] if self.coco else []))
+            ids, (sample["segments"], labels, crowd) = found.ids, self.segments(found, files[0])
+        sample |= {"labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
+        return sample | ({"truth": self.truth(sample, ids, files)} if self.measures else {})
 
     def label(self, called, file):
-        need(called in self.label_of, f"{file} holds the label {called!r}, which is not in the table of classes")
+        need(called in self.label_of, f"{file} holds the unknown label {called!r}")
         return self.label_of[called]
 
-    def segments(self, found: Labels, file: Path) -> dict:
-        """Segments, labels and crowd of a sample, by the task."""
-        segment_of = np.zeros(int(found.ids.max()) + 1, np.int32)
-        labels, crowd, first_of_class = [], [], {}
+    def segments(self, found, file):
+        """Segments int32 [H, W], and of each its label and whether it is a crowd, by the task."""
+        segment_of, places = np.zeros(found.ids.max() + 1, np.int32), {}
         for value, called in found.class_of.items():
             label = self.label(called, file)
-            if label is None:
-                continue
-            merged = self.task == "semantic" or not self.categories[label].isthing  # one segment for the whole class
-            if not merged or label not in first_of_class:
-                labels.append(label)
-                crowd.append(value in found.crowds and not merged)
-                first_of_class[label] = len(labels)
-            segment_of[value] = first_of_class[label]
-        segments = torch.from_numpy(segment_of[found.ids])
-        return {"segments": segments, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
+            if label is not None:
+                thing = self.task != "semantic" and self.categories[label].isthing
+                # what is no thing makes one segment of the whole class
+                key = (label, value in found.crowds, value) if thing else (label, False, None)
+                segment_of[value] = places.setdefault(key, len(places) + 1)
+        labels, crowd = [label for label, _, _ in places], [crowd for _, crowd, _ in places]
+        return torch.from_numpy(segment_of[found.ids]), labels, crowd
 
-    def truth(self, sample: dict, ids: np.ndarray, files: list[Path]) -> dict:
+    def truth(self, sample, ids, files):
         """What the measures' scores take of a sample."""
         truth, labels = {}, sample["labels"].tolist()
         if "mIoU" in self.measures:
             class_of = torch.tensor([255, *labels], dtype=torch.uint8)
             truth["semantic"] = (class_of[sample["segments"].long()],)  # uint8 [H, W], 255 ignored
         if "AP" in self.measures:
-            truth["instance"] = (torch.from_numpy(ids).long(),)
+            truth["instance"] = () if self.coco else (torch.from_numpy(ids).long(),)
             if len(files) > 1:  # KITTI-360's confidence
-                weights = label_image(files[1]) / 65535
-                need(weights.shape == ids.shape, f"{files[1]} is {weights.shape}, the labels {ids.shape}")
-                truth["instance"] += (torch.from_numpy(weights),)
+                truth["instance"] += (torch.from_numpy(label_image(files[1], ids.shape) / 65535),)
         if "PQ" in self.measures:
             pairs = enumerate(zip(labels, sample["crowd"].int().tolist(), strict=True), 1)
             segments = [{"id": i, "category_id": self.categories[label].id, "iscrowd": c} for i, (label, c) in pairs]
@@ -295,10 +265,9 @@ def list_files(root, split, templates):
     names = [path.relative_to(root).as_posix() for path in root.glob(glob)]
     if "{drive}" in pattern:
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
-        lines = [line.split() for line in read_text(table).splitlines() if line.strip()]
-        whole = all(len(line) == 2 for line in lines)
-        need(whole, f"{table}: a line is a picture's path and its label's, with a space between")
-        names = [below(root, picture, table) for picture, _ in lines]
+        with reading(table, "lines of a picture's path and its label's"):
+            lines = table.read_text("utf-8", "replace").splitlines()
+            names = [below(root, picture, table) for picture, _ in (line.split() for line in lines if line.strip())]
     need(names, f"no pictures: expected {root / glob}")
     files = []
     for name in sorted(names):
@@ -309,11 +278,10 @@ def list_files(root, split, templates):
 
 
 def ade20k_categories(table):
-    rows = [line.split("\t") for line in read_text(table).splitlines()[1:] if line.strip()]
-    try:  # index, ratio, training, validation, names
+    with reading(table, "lines of Idx, Ratio, Train, Val and Name with tabs between"):
+        lines = table.read_text("utf-8", "replace").splitlines()[1:]
+        rows = [line.split("\t") for line in lines if line.strip()]
         return [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
-    except (ValueError, IndexError):
-        raise UserError(f"{table}: a line is Idx, Ratio, Train, Val and Name with tabs between") from None
 
 
 # ------------------------------------------------------------------ COCO
@@ -321,88 +289,94 @@ class CocoIndex:
     """What COCO's JSON says of a split. The annotations of all images are one long array of bytes, which forked workers
     share, where millions of Python objects would be copied bit by bit."""
 
-    def __init__(self, root: Path, split: str, kind: str):
+    def __init__(self, root, split, kind):
         self.file = root / f"annotations/{kind}_{split}.json"
-        content = read_json(self.file)
-        try:
+        self.files, packed, of_image = [], [], defaultdict(list)
+        with reading(self.file, f"COCO's {kind} JSON"):
+            content = json.loads(self.file.read_text("utf-8", "replace"))
             images = sorted(content["images"], key=lambda image: image["file_name"])
-            self.image_ids = np.array([image["id"] for image in images])
-            self.files = [[f"{split}/{below(root, image['file_name'], self.file)}"] for image in images]
-            categories = [(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]]
-            packed = list(self.segments_of(content, images) if kind == "panoptic" else self.masks_of(content, images))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.file} is not in COCO's {kind} form ({error!r})") from None
-        self.categories = [Category(*category) for category in categories]
+            self.image_ids = [image["id"] for image in images]
+            self.categories = [
+                Category(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]
+            ]
+            for annotation in content.pop("annotations"):
+                of_image[annotation["image_id"]].append(annotation)
+            for image in images:
+                files = [f"{split}/{below(root, image['file_name'], self.file)}"]
+                annotations = of_image.pop(image["id"], [])  # so that packing an image frees its annotations
+                if kind == "panoptic":  # {segment id: (category id, is it a crowd?)}
+                    need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
+                    labels = below(root, annotations[0]["file_name"], self.file)
+                    files.append(f"annotations/{self.file.stem}/{labels}")
+                    segments = annotations[0]["segments_info"]
+                    entry = {s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in segments}
+                else:  # the image's size and [(category id, is it a crowd?, mask)]
+                    masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
+                    entry = (image["height"], image["width"]), masks
+                self.files.append(files)
+                packed.append(pickle.dumps(entry))
+        need(not of_image, f"{self.file} has annotations of images that it does not list")
         self.ends, self.bytes = np.cumsum([len(entry) for entry in packed]), np.frombuffer(b"".join(packed), np.uint8)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         begin = self.ends[index - 1] if index else 0
         return pickle.loads(self.bytes[begin : self.ends[index]])  # packed above: no foreign pickle
 
-    def segments_of(self, content: dict, images: list[dict]):
-        """Of each image {segment id: (category id, is it a crowd?)}, pickled."""
-        of_image = {annotation["image_id"]: annotation for annotation in content["annotations"]}
-        once = set(of_image) == set(self.image_ids.tolist()) and len(of_image) == len(content["annotations"])
-        need(once, f"{self.file}: expected one annotation for each image")
-        for files, image in zip(self.files, images, strict=True):
-            annotation = of_image[image["id"]]
-            files.append(f"annotations/{self.file.stem}/{below(self.file.parent, annotation['file_name'], self.file)}")
-            yield pickle.dumps({s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in annotation["segments_info"]})
-
-    def masks_of(self, content: dict, images: list[dict]):
-        """Of each image its size and [(category id, is it a crowd?, mask)], pickled."""
-        index = COCO()
-        index.dataset = content
-        with contextlib.redirect_stdout(io.StringIO()):
-            index.createIndex()
-        content["annotations"] = index.anns = None  # so that packing an image frees its annotations
-        for image in images:
-            annotations = index.imgToAnns.pop(image["id"], [])
-            masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
-            yield pickle.dumps(((image["height"], image["width"]), masks))
-        need(not index.imgToAnns, f"{self.file} has annotations of images that it does not list")
-
-    def masks(self, index: int, size: tuple[int, int]) -> tuple[list, list[int], list[bool]]:
+    def masks(self, index, size):
         """Run-length codes, category ids, and which are crowds, of an image of `size` (height, width)."""
         (name,), (expected, annotations) = self.files[index], self[index]
         need(size == expected, f"{name} is {size}, its annotations in {self.file} are for {expected}")
         rles, categories, crowds = [], [], []
         for category, crowd, shape in annotations:
-            try:
-                if isinstance(shape, list):  # polygons; fewer than three corners enclose nothing
+            with reading(self.file, f"masks of {name}"):
+                if isinstance(shape, list):
                     shape = [polygon for polygon in shape if len(polygon) >= 6]
-                    shape = rle.merge(rle.frPyObjects(shape, *size)) if shape else None
+                    if not shape:  # fewer than three corners enclose nothing
+                        continue
+                    shape = rle.merge(rle.frPyObjects(shape, *size))
                 elif isinstance(shape["counts"], list):
                     shape = rle.frPyObjects(shape, *size)
-                if shape and tuple(shape["size"]) != size:
-                    raise ValueError(f"its size is {shape['size']}")
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{self.file}: a mask of {name}, {size}, is no mask ({error})") from None
-            if shape is not None:
-                rles.append(shape)
-                categories.append(category)
-                crowds.append(crowd)
+                need(tuple(shape["size"]) == size, f"{self.file}: a mask of {name}, {size}, is {shape['size']}")
+            rles.append(shape)
+            categories.append(category)
+            crowds.append(crowd)
         return rles, categories, crowds
 
 
 # ------------------------------------------------------------------ files
-def below(root: Path, path: str, table: Path) -> str:
+@contextlib.contextmanager
+def reading(file, form):
+    """What cannot be read as `form`, being missing, foreign or cut short, is named in one line."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{file} cannot be read as {form} ({reason})") from None
+
+
+def below(root, path, table):
     """The path as it stands; UserError if it leads out of root."""
     outside = Path(path).is_absolute() or ".." in Path(path).parts
     need(not outside, f"{table} names {path}, which lies outside {root}")
     return path
 
 
-def read_text(file):
-    need(file.is_file(), f"{file} is needed and not there")
-    return file.read_text(encoding="utf-8", errors="replace")
-
-
-def read_json(file):
-    try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not whole JSON ({error}): download it again") from None
+def label_image(file, size, colours=False):
+    """int32 [H, W], of `size`: an 8- or 16-bit image of one channel, or R + 256 G + 65536 B."""
+    with reading(file, "a picture"), Image.open(file) as image:
+        ids = np.asarray(image.convert("RGB") if colours else image).astype(np.int32)
+    if colours:
+        ids = ids[..., 0] + 256 * ids[..., 1] + 65536 * ids[..., 2]
+    need(ids.shape == size, f"{file} is {ids.shape}, its picture {size}")
+    return ids
 
 
 def present(ids: np.ndarray) -> list[int]:
@@ -426,19 +400,6 @@ def count_pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -
     return np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def label_image(file: Path) -> np.ndarray:
-    """int32 [H, W] of an 8- or 16-bit image of one channel."""
-    ids = _open(file, lambda opened: np.asarray(opened).astype(np.int32))
-    need(ids.ndim == 2, f"{file} has {ids.shape[-1]} channels: labels are images of one")
-    return ids
-
-
-def colour_ids(file: Path) -> np.ndarray:
-    """int32 [H, W], R + 256 G + 65536 B."""
-    red, green, blue = np.moveaxis(_open(file, lambda opened: np.asarray(opened.convert("RGB"), np.int32)), -1, 0)
-    return red + 256 * green + 65536 * blue
-
-
 # ------------------------------------------------------------------ pictures
 def list_pictures(folder: Path) -> list[str]:
     """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
@@ -449,37 +410,25 @@ def list_pictures(folder: Path) -> list[str]:
     return names
 
 
-def _open(path: Path, read):
-    try:
-        # Pillow maps a file that it opens by name into memory, and then turns some TIFFs wrongly
-        with path.open("rb") as opened, Image.open(opened) as file:
-            return read(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # missing, foreign, cut short
-        reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path} cannot be read as a picture ({reason})") from None
-
-
 def read_image(path: Path, turn: bool = True) -> torch.Tensor:
     """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
 
     Data sets ask for turn=False: their labels are in the pixels as they are stored. UserError names a file that is
     missing, truncated or no picture. Colour profiles are ignored, as they are in the training of every encoder here.
     """
-    return torch.from_numpy(_open(path, functools.partial(_rgb, turn=turn))).permute(2, 0, 1).contiguous()
-
-
-def _rgb(file: Image.Image, turn: bool) -> np.ndarray:
-    if file.mode in ("I", "F"):
-        raise ValueError("its numbers have more than 16 bits, which no screen shows")
-    if turn:
-        ImageOps.exif_transpose(file, in_place=True)
-    if file.mode.startswith("I;16"):  # convert() would cut all above 255
-        grey = (np.asarray(file) / 257 + 0.5).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if file.has_transparency_data:
-        file = file.convert("RGBA")
-        file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
-    return np.array(file.convert("RGB"))
+    # Pillow maps a file that it opens by name into memory, and then turns some TIFFs wrongly
+    with reading(path, "a picture"), path.open("rb") as opened, Image.open(opened) as file:
+        if file.mode in ("I", "F"):
+            raise ValueError("its numbers have more than 16 bits, which no screen shows")
+        if turn:
+            ImageOps.exif_transpose(file, in_place=True)
+        if file.mode.startswith("I;16"):  # convert() would cut all above 255
+            file = Image.fromarray((np.asarray(file) / 257 + 0.5).astype(np.uint8))
+        if file.has_transparency_data:
+            file = file.convert("RGBA")
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
+        pixels = np.array(file.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def working_size(height: int, width: int, size: str, multiple: int = 32) -> tuple[int, int]:
@@ -490,16 +439,12 @@ def working_size(height: int, width: int, size: str, multiple: int = 32) -> tupl
     """
     if size == "own":
         size = f"{max(32, height)}x{max(32, width)}"
-    separator = "x" if "x" in size else "/"
-    try:
-        sides = [int(side) for side in size.split(separator)]
-    except ValueError:
-        sides = []
-    wrong = f"--size {size!r} is neither HEIGHTxWIDTH nor a short side, in pixels, at least 32"
-    need(len(sides) in (1, 2) and min(sides) >= 32, wrong)
-    if separator == "/":
+    sides = [int(side) for side in re.findall(r"\d+", size)]
+    fits = re.fullmatch(r"\d+([x/]\d+)?", size) and min(sides) >= 32
+    need(fits, f"--size {size!r} is neither HEIGHTxWIDTH nor a short side, in pixels, at least 32")
+    if "x" not in size:
         scale = sides[0] / min(height, width)
-        if len(sides) == 2:
+        if "/" in size:
             scale = min(scale, sides[1] / max(height, width))
         sides = [height * scale, width * scale]
     return tuple(max(multiple, round(side / multiple) * multiple) for side in sides)
