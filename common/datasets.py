@@ -64,7 +64,7 @@ class Benchmark:
     size: str = "512x1024"  # of the pictures that stage 1 extracts
 
 
-ADE20K = "ADEChallengeData2016"
+ADE = "ADEChallengeData2016"
 CITYSCAPES_VAL = "cityscapes val", "instance", ("AP",), CITYSCAPES_THINGS
 BENCHMARKS = {
     "toycity": Benchmark("toycity train", "toycity val", "panoptic", ("mIoU", "AP", "PQ"), TOYCITY),
@@ -72,9 +72,7 @@ BENCHMARKS = {
     "cityscapes_instance": Benchmark("cityscapes train", *CITYSCAPES_VAL, "39.5"),
     "coco_instance": Benchmark("coco train2017", "coco val2017", "instance", ("AP",), None, "47.3", "512"),
     "coco_panoptic": Benchmark("coco train2017", "coco val2017", "panoptic", ("PQ",), None, "56.9", "512"),
-    "ade20k_semantic": Benchmark(
-        f"{ADE20K} training", f"{ADE20K} validation", "semantic", ("mIoU",), None, "57.5", "512"
-    ),
+    "ade20k_semantic": Benchmark(f"{ADE} training", f"{ADE} validation", "semantic", ("mIoU",), None, "57.5", "512"),
     "kitti360_instance": Benchmark("KITTI-360 train", "KITTI-360 val", "instance", ("AP",), KITTI360_THINGS, "21.9"),
     "urbansyn_to_cityscapes_instance": Benchmark("urbansyn train", *CITYSCAPES_VAL, "32.5 (ViT-L)"),
     "synscapes_to_cityscapes_instance": Benchmark("synscapes train", *CITYSCAPES_VAL, "33.4 (ViT-L)"),
@@ -88,39 +86,34 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def open_split(name: str, data: Path, part: str) -> "Split":
-    """A benchmark's "train" or "val" split; toycity is drawn when it is first asked for.
-
-    Raises UserError where data is missing, or its files do not fit together.
-    """
+    """A benchmark's "train" or "val" split. UserError where data is missing, or its files do not fit together."""
     benchmark = find_benchmark(name)
-    where = benchmark.trains_on if part == "train" else benchmark.evaluates_on
-    if name == "toycity":
+    if name == "toycity":  # drawn when it is first asked for
         toycity.write(data / name)
-    root = data / where.split()[0]
-    need(root.is_dir(), f"{name} needs {root}, which is not there: say where your data sets are with --data")
-    return Split(benchmark, data, where, benchmark.measures if part == "val" else ())
+    if part == "train":
+        return Split(benchmark, data, benchmark.trains_on)
+    return Split(benchmark, data, benchmark.evaluates_on, benchmark.measures)
 
 
 # ------------------------------------------------------------------ readers
-# ids: int32 [H, W]; class_of: {id: what the data set calls its class}, other ids being void; crowds: ids of crowds
-Labels = namedtuple("Labels", "ids class_of crowds")
+# ids: int32 [H, W]; class_of: {id: (what the data set calls its class, is it a crowd?)}, other ids being void
+Labels = namedtuple("Labels", "ids class_of")
 
 
 def read_ids(files, size, bare):
     """Ids below `bare` are labels themselves, as of stuff, groups of things and void; all others are label*1000 + n."""
     ids = label_image(files[0], size)
-    class_of = {value: value if value < bare else value // 1000 for value in present(ids)}
-    return Labels(ids, class_of, [value for value in class_of if value < bare])
+    return Labels(ids, {value: (value, True) if value < bare else (value // 1000, False) for value in present(ids)})
 
 
 def read_urbansyn(files, size):
     """One colour an instance, named with its class in the JSON; colours that are not there are stuff, void for us."""
     ids, named = label_image(files[0], size, colours=True), {}
     with reading(files[1], 'a list of objects with "color" and "label"'):
-        for entry in json.loads(files[1].read_text("utf-8", "replace")):
+        for entry in json.loads(files[1].read_bytes()):
             red, green, blue = map(int, entry["color"][:3])
             named[red + 256 * green + 65536 * blue] = entry["label"]
-    return Labels(ids, {value: named[value] for value in present(ids) if value in named}, [])
+    return Labels(ids, {value: (named[value], False) for value in present(ids) if value in named})
 
 
 def read_synscapes(files, size):
@@ -130,8 +123,8 @@ def read_synscapes(files, size):
     numbers, places = compact(instances)
     majority = count_pairs(places, classes, (len(numbers), 256)).argmax(1)
     ids = np.where(instances > 0, 256 + places, classes)  # below 256: pixels without an instance, by class
-    class_of = {value: value if value < 256 else int(majority[value - 256]) for value in present(ids)}
-    return Labels(ids, class_of, [value for value in class_of if value < 256])
+    class_of = {value: (value, True) if value < 256 else (int(majority[value - 256]), False) for value in present(ids)}
+    return Labels(ids, class_of)
 
 
 def read_synthia(files, size):
@@ -143,8 +136,7 @@ def read_synthia(files, size):
     highest = channels[0].max()  # beyond the table, ids would be large numbers
     need(highest <= max(SYNTHIA), f"{files[0]} holds the unknown label {highest}")
     ids = channels[0].astype(np.int32) * 65536 + channels[1]
-    class_of = {value: value >> 16 for value in present(ids)}
-    return Labels(ids, class_of, [value for value in class_of if value & 65535 == 0])
+    return Labels(ids, {value: (value >> 16, value & 65535 == 0) for value in present(ids)})
 
 
 def read_coco_panoptic(files, size, segments):
@@ -153,8 +145,7 @@ def read_coco_panoptic(files, size, segments):
     values = [value for value in present(ids) if value]
     unknown = [value for value in values if value not in segments]
     need(not unknown, f"{files[0]} holds segments that its JSON does not list: {unknown[:3]}")
-    crowds = [value for value in values if segments[value][1]]
-    return Labels(ids, {value: segments[value][0] for value in values}, crowds)
+    return Labels(ids, {value: segments[value] for value in values})
 
 
 ITSELF = {label: label for label in range(34)}
@@ -164,12 +155,12 @@ KITTI = [RAW_360 + "/data_rect/{stem}.png", OF_360 + "/instance/{stem}.png", OF_
 URBANSYN = ["rgb/rgb_{stem}.png", "panoptic/panoptic_{stem}.png", "bbox2d/bbox2d_{stem}.json"]
 SYNSCAPES = ["img/rgb/{stem}.png", "img/class/{stem}.png", "img/instance/{stem}.png"]
 # By folder: what reads the labels; {what their files call a class: the id of a category, or one that is not evaluated};
-# and where a picture and its labels lie, what stands in braces being alike in all of them.
+# and where a picture and its labels lie, what stands in braces being alike in all of them. 34: garages, as buildings
 DATA_SETS = {
     "toycity": (partial(read_ids, bare=1000), ITSELF, CITY),
     "cityscapes": (partial(read_ids, bare=1000), ITSELF, CITY),
-    "KITTI-360": (partial(read_ids, bare=0), dict(zip(range(45), range(45))) | {34: 11}, KITTI),  # garages: buildings
-    ADE20K: (partial(read_ids, bare=65536), {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
+    "KITTI-360": (partial(read_ids, bare=0), {label: label for label in range(45)} | {34: 11}, KITTI),
+    ADE: (partial(read_ids, bare=65536), {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
     "urbansyn": (read_urbansyn, {c.name: c.id for c in ALL_CITYSCAPES}, URBANSYN),
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
     "synthia": (read_synthia, SYNTHIA, ["RGB/{stem}.png", "GT/LABELS/{stem}.png"]),
@@ -182,13 +173,13 @@ class Split(Dataset):
 
     where: folder under the data root, and split. categories: [Category], in the order of the contiguous labels. task:
     "semantic" makes one segment of each class in the image, "instance" one of each thing, "panoptic" one of each stuff
-    class and each thing. measures: whose truth goes into the samples. Raises UserError for an unreadable file or an
-    unknown label.
+    class and each thing. measures: whose truth goes into the samples. UserError for unreadable files, unknown labels.
     """
 
     def __init__(self, benchmark, data, where, measures=()):
         folder, split = where.split()
         self.root, self.task, self.measures = data / folder, benchmark.task, measures
+        need(self.root.is_dir(), f"{self.root} is needed and not there: say where your data sets are with --data")
         self.read, id_of, templates = DATA_SETS[folder]
         self.categories, self.coco = benchmark.categories, None
         if folder == "coco":
@@ -196,8 +187,11 @@ class Split(Dataset):
             self.categories, self.files = self.coco.categories, self.coco.files
         else:
             self.files = list_files(self.root, split, templates)  # for each image, the picture and its labels
-        if folder == ADE20K:
-            self.categories = ade20k_categories(self.root / "objectInfo150.txt")
+        if folder == ADE:
+            table = self.root / "objectInfo150.txt"
+            with reading(table, "lines of Idx, Ratio, Train, Val and Name with tabs between"):
+                rows = [line.split("\t") for line in table.read_text("utf-8").strip().splitlines()[1:]]
+                self.categories = [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
         for path in (self.root / file for files in self.files for file in files):
@@ -216,11 +210,13 @@ class Split(Dataset):
         image_id = self.coco.image_ids[index] if self.coco else index
         sample = {"image": image, "image_id": image_id, "name": self.names[index]}
         if self.coco and self.task == "instance":
-            ids, (sample["rles"], called, crowd) = None, self.coco.masks(index, size)
-            labels = [self.label(category, self.coco.file) for category in called]
+            masks, ids = list(self.coco.masks(index, size)), None
+            sample["rles"] = [code for code, _, _ in masks]
+            segments = [(self.label(category, self.coco.file), crowd) for _, category, crowd in masks]
         else:
             found = self.read(files, size, *([self.coco[index]] if self.coco else []))
-            ids, (sample["segments"], labels, crowd) = found.ids, self.segments(found, files[0])
+            ids, (sample["segments"], segments) = found.ids, self.segments(found, files[0])
+        labels, crowd = [label for label, _ in segments], [crowd for _, crowd in segments]
         sample |= {"labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
         return sample | ({"truth": self.truth(sample, ids, files)} if self.measures else {})
 
@@ -229,17 +225,15 @@ class Split(Dataset):
         return self.label_of[called]
 
     def segments(self, found, file):
-        """Segments int32 [H, W], and of each its label and whether it is a crowd, by the task."""
+        """By the task: segments, int32 [H, W], and of each (label, is it a crowd?)."""
         segment_of, places = np.zeros(found.ids.max() + 1, np.int32), {}
-        for value, called in found.class_of.items():
+        for value, (called, crowd) in found.class_of.items():
             label = self.label(called, file)
             if label is not None:
                 thing = self.task != "semantic" and self.categories[label].isthing
-                # what is no thing makes one segment of the whole class
-                key = (label, value in found.crowds, value) if thing else (label, False, None)
+                key = (label, crowd, value) if thing else (label, False, None)  # None: the whole class
                 segment_of[value] = places.setdefault(key, len(places) + 1)
-        labels, crowd = [label for label, _, _ in places], [crowd for _, crowd, _ in places]
-        return torch.from_numpy(segment_of[found.ids]), labels, crowd
+        return torch.from_numpy(segment_of[found.ids]), [(label, crowd) for label, crowd, _ in places]
 
     def truth(self, sample, ids, files):
         """What the measures' scores take of a sample."""
@@ -266,8 +260,8 @@ def list_files(root, split, templates):
     if "{drive}" in pattern:
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
         with reading(table, "lines of a picture's path and its label's"):
-            lines = table.read_text("utf-8", "replace").splitlines()
-            names = [below(root, picture, table) for picture, _ in (line.split() for line in lines if line.strip())]
+            lines = table.read_text("utf-8").strip().splitlines()
+            names = [below(root, picture, table) for picture, _ in map(str.split, lines)]
     need(names, f"no pictures: expected {root / glob}")
     files = []
     for name in sorted(names):
@@ -275,13 +269,6 @@ def list_files(root, split, templates):
         need(words, f"{root / name} is not where pictures are expected, {glob}")
         files.append([name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])])
     return files
-
-
-def ade20k_categories(table):
-    with reading(table, "lines of Idx, Ratio, Train, Val and Name with tabs between"):
-        lines = table.read_text("utf-8", "replace").splitlines()[1:]
-        rows = [line.split("\t") for line in lines if line.strip()]
-        return [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
 
 
 # ------------------------------------------------------------------ COCO
@@ -293,7 +280,7 @@ class CocoIndex:
         self.file = root / f"annotations/{kind}_{split}.json"
         self.files, packed, of_image = [], [], defaultdict(list)
         with reading(self.file, f"COCO's {kind} JSON"):
-            content = json.loads(self.file.read_text("utf-8", "replace"))
+            content = json.loads(self.file.read_bytes())
             images = sorted(content["images"], key=lambda image: image["file_name"])
             self.image_ids = [image["id"] for image in images]
             self.categories = [
@@ -323,11 +310,10 @@ class CocoIndex:
         return pickle.loads(self.bytes[begin : self.ends[index]])  # packed above: no foreign pickle
 
     def masks(self, index, size):
-        """Run-length codes, category ids, and which are crowds, of an image of `size` (height, width)."""
-        (name,), (expected, annotations) = self.files[index], self[index]
+        """Yield run-length code, category id, and is it a crowd?, of an image of `size` (height, width)."""
+        (name,), (expected, masks) = self.files[index], self[index]
         need(size == expected, f"{name} is {size}, its annotations in {self.file} are for {expected}")
-        rles, categories, crowds = [], [], []
-        for category, crowd, shape in annotations:
+        for category, crowd, shape in masks:
             with reading(self.file, f"masks of {name}"):
                 if isinstance(shape, list):
                     shape = [polygon for polygon in shape if len(polygon) >= 6]
@@ -337,10 +323,7 @@ class CocoIndex:
                 elif isinstance(shape["counts"], list):
                     shape = rle.frPyObjects(shape, *size)
                 need(tuple(shape["size"]) == size, f"{self.file}: a mask of {name}, {size}, is {shape['size']}")
-            rles.append(shape)
-            categories.append(category)
-            crowds.append(crowd)
-        return rles, categories, crowds
+            yield shape, category, crowd
 
 
 # ------------------------------------------------------------------ files
@@ -434,8 +417,7 @@ def read_image(path: Path, turn: bool = True) -> torch.Tensor:
 def working_size(height: int, width: int, size: str, multiple: int = 32) -> tuple[int, int]:
     """Height and width, multiples of 32, at which a picture enters the encoders.
 
-    size: "512x1024"; "512": that short side with the aspect kept; "800/1333": the same, the long side at most 1333;
-    "own": as it is.
+    size: "512x1024"; "512", that short side, the aspect kept; "800/1333", too, the long side at most 1333; "own".
     """
     if size == "own":
         size = f"{max(32, height)}x{max(32, width)}"
