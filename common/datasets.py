@@ -30,12 +30,12 @@ from torch.utils.data import Dataset
 from common import toycity
 from common.run import UserError, need
 
-# A format that Pillow cannot read here, as it may be with .heic, is named as unreadable.
+# What Pillow cannot read here, perhaps .heic, is named as unreadable.
 PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 # ------------------------------------------------------------------ classes
-# Its id in the data set's own files, its name, and whether it is a thing
+# The id is that of the data set's own files.
 Category = namedtuple("Category", "id name isthing")
 # Cityscapes' 19 evaluated classes, in train-id order
 ALL_CITYSCAPES = torchvision.datasets.Cityscapes.classes
@@ -43,13 +43,11 @@ CITYSCAPES = [Category(c.id, c.name, c.has_instances) for c in ALL_CITYSCAPES if
 CITYSCAPES_THINGS = [category for category in CITYSCAPES if category.isthing]
 CITYSCAPES_VOID = [c.id for c in ALL_CITYSCAPES if c.ignore_in_eval and c.id >= 0]
 TOYCITY = [category for category in CITYSCAPES if category.id in (7, 8, 11, 17, 21, 23, 24, 26, 27)]
-# KITTI-360 counts instances of buildings too, and has none of buses and trains.
+# KITTI-360 counts buildings too, and has no buses and trains.
 KITTI360_THINGS = [Category(11, "building", True)] + [c for c in CITYSCAPES_THINGS if c.id not in (28, 31)]
 # SYNTHIA's label: Cityscapes' id, 0 where Cityscapes does not evaluate it
-SYNTHIA = {
-    0: 0, 1: 23, 2: 11, 3: 7, 4: 8, 5: 13, 6: 21, 7: 17, 8: 26, 9: 20, 10: 24, 11: 33, 12: 32, 13: 9, 14: 0, 15: 19,
-    16: 22, 17: 25, 18: 27, 19: 28, 20: 31, 21: 12, 22: 7,
-}  # fmt: skip
+SYNTHIA = (0, 23, 11, 7, 8, 13, 21, 17, 26, 20, 24, 33, 32, 9, 0, 19, 22, 25, 27, 28, 31, 12, 7)
+SYNTHIA = dict(enumerate(SYNTHIA))
 
 
 # ------------------------------------------------------------------ benchmarks
@@ -96,18 +94,15 @@ def open_split(name: str, data: Path, part: str) -> "Split":
 
 
 # ------------------------------------------------------------------ readers
-# ids: int32 [H, W]; class_of: {id: (what the data set calls its class, is it a crowd?)}, other ids being void
-Labels = namedtuple("Labels", "ids class_of")
-
-
 def read_ids(files, size, bare):
-    """Ids below `bare` are labels themselves, as of stuff, groups of things and void; all others are label*1000 + n."""
+    """Ids below `bare` are labels themselves (stuff, groups of things, void), all others label * 1000 + n."""
     ids = label_image(files[0], size)
-    return Labels(ids, {value: (value, True) if value < bare else (value // 1000, False) for value in present(ids)})
+    class_of = {value: (value // 1000, False) for value in present(ids)}
+    return Labels(ids, class_of | {value: (value, True) for value in class_of if value < bare})
 
 
 def read_urbansyn(files, size):
-    """One colour an instance, named with its class in the JSON; colours that are not there are stuff, void for us."""
+    """One colour an instance, named in the JSON with its class; the colours of stuff are not, for us void."""
     ids, named = label_image(files[0], size, colours=True), {}
     with reading(files[1], 'a list of objects with "color" and "label"'):
         for entry in json.loads(files[1].read_bytes()):
@@ -121,41 +116,42 @@ def read_synscapes(files, size):
     classes, instances = label_image(files[0], size), label_image(files[1], size, colours=True)
     need(classes.max() < 256, f"{files[0]} holds the unknown label {classes.max()}")
     numbers, places = compact(instances)
-    majority = count_pairs(places, classes, (len(numbers), 256)).argmax(1)
+    majority = count_pairs(places, classes, (len(numbers), 256)).argmax(1).tolist()
     ids = np.where(instances > 0, 256 + places, classes)  # below 256: pixels without an instance, by class
-    class_of = {value: (value, True) if value < 256 else (int(majority[value - 256]), False) for value in present(ids)}
-    return Labels(ids, class_of)
+    class_of = {256 + place: (label, False) for place, label in enumerate(majority)}
+    class_of = class_of | {label: (label, True) for label in range(256)}
+    return Labels(ids, {value: class_of[value] for value in present(ids)})
 
 
 def read_synthia(files, size):
-    """16 bits a channel, the first the class, the second the instance; things without an instance are a crowd."""
-    with reading(files[0], "a picture"):  # Pillow would cut the numbers to 8 bits
+    """The class, then the instance, 16 bits each; things without an instance are a crowd."""
+    with reading(files[0], "a colour picture"):  # Pillow would cut the numbers to 8 bits
         channels = torchvision.io.decode_image(str(files[0]), "UNCHANGED").numpy()
-    fits = channels.dtype == np.uint16 and len(channels) > 1 and channels.shape[1:] == size
-    need(fits, f"{files[0]} is no colour PNG of 16 bits a channel and the size of its picture, {size}")
-    highest = channels[0].max()  # beyond the table, ids would be large numbers
-    need(highest <= max(SYNTHIA), f"{files[0]} holds the unknown label {highest}")
-    ids = channels[0].astype(np.int32) * 65536 + channels[1]
+        classes, instances, *_ = channels.astype(np.int32)
+    need(channels.dtype == np.uint16, f"{files[0]} has not 16 bits a channel")
+    need(classes.shape == size, f"{files[0]} is {classes.shape}, its picture {size}")
+    need(classes.max() <= max(SYNTHIA), f"{files[0]} holds the unknown label {classes.max()}")
+    ids = 65536 * classes + instances
     return Labels(ids, {value: (value >> 16, value & 65535 == 0) for value in present(ids)})
 
 
 def read_coco_panoptic(files, size, segments):
     """One colour a segment; segments: {id: (category id, is it a crowd?)}."""
     ids = label_image(files[0], size, colours=True)
-    values = [value for value in present(ids) if value]
-    unknown = [value for value in values if value not in segments]
-    need(not unknown, f"{files[0]} holds segments that its JSON does not list: {unknown[:3]}")
-    return Labels(ids, {value: segments[value] for value in values})
+    with reading(files[0], "segments that its JSON lists"):
+        return Labels(ids, {value: segments[value] for value in present(ids) if value})
 
 
+# What a reader returns. ids: int32 [H, W]; class_of: {id: (the data set's label, is it a crowd?)}, other ids being void
+Labels = namedtuple("Labels", "ids class_of")
 ITSELF = {label: label for label in range(34)}
 CITY = ["leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", "gtFine/{split}/{city}/{stem}_gtFine_instanceIds.png"]
 RAW_360, OF_360 = "data_2d_raw/{drive}/image_00", "data_2d_semantics/train/{drive}/image_00"
 KITTI = [RAW_360 + "/data_rect/{stem}.png", OF_360 + "/instance/{stem}.png", OF_360 + "/confidence/{stem}.png"]
 URBANSYN = ["rgb/rgb_{stem}.png", "panoptic/panoptic_{stem}.png", "bbox2d/bbox2d_{stem}.json"]
 SYNSCAPES = ["img/rgb/{stem}.png", "img/class/{stem}.png", "img/instance/{stem}.png"]
-# By folder: what reads the labels; {what their files call a class: the id of a category, or one that is not evaluated};
-# and where a picture and its labels lie, what stands in braces being alike in all of them. 34: garages, as buildings
+# By folder: what reads the labels; {label: the id of a category, or one that is not evaluated}; and where a picture and
+# its labels lie, what stands in braces being alike in all of them. KITTI-360's garages, 34, count as buildings.
 DATA_SETS = {
     "toycity": (partial(read_ids, bare=1000), ITSELF, CITY),
     "cityscapes": (partial(read_ids, bare=1000), ITSELF, CITY),
@@ -171,9 +167,9 @@ DATA_SETS = {
 class Split(Dataset):
     """A split of a data set, read into samples (see the top of this file).
 
-    where: folder under the data root, and split. categories: [Category], in the order of the contiguous labels. task:
-    "semantic" makes one segment of each class in the image, "instance" one of each thing, "panoptic" one of each stuff
-    class and each thing. measures: whose truth goes into the samples. UserError for unreadable files, unknown labels.
+    where: folder under the data root, and split. task: "semantic" makes one segment of each class in the image,
+    "instance" one of each thing, "panoptic" one of each stuff class and each thing. measures: whose truth goes into
+    the samples. categories: [Category], in the order of the contiguous labels.
     """
 
     def __init__(self, benchmark, data, where, measures=()):
@@ -186,7 +182,7 @@ class Split(Dataset):
             self.coco = CocoIndex(self.root, split, "panoptic" if self.task == "panoptic" else "instances")
             self.categories, self.files = self.coco.categories, self.coco.files
         else:
-            self.files = list_files(self.root, split, templates)  # for each image, the picture and its labels
+            self.files = list(list_files(self.root, split, templates))
         if folder == ADE:
             table = self.root / "objectInfo150.txt"
             with reading(table, "lines of Idx, Ratio, Train, Val and Name with tabs between"):
@@ -253,7 +249,7 @@ class Split(Dataset):
 
 
 def list_files(root, split, templates):
-    """For each image the paths below root of the picture and of its labels; KITTI-360 has a table of its pictures."""
+    """Yield for each image the paths below root of the picture and of its labels. KITTI-360 has a table of pictures."""
     pattern = templates[0].replace("{split}", split)
     glob = re.sub(r"{\w+}", "*", pattern)
     names = [path.relative_to(root).as_posix() for path in root.glob(glob)]
@@ -261,14 +257,12 @@ def list_files(root, split, templates):
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
         with reading(table, "lines of a picture's path and its label's"):
             lines = table.read_text("utf-8").strip().splitlines()
-            names = [below(root, picture, table) for picture, _ in map(str.split, lines)]
+            names = [below(picture, table) for picture, _ in map(str.split, lines)]
     need(names, f"no pictures: expected {root / glob}")
-    files = []
     for name in sorted(names):
         words = re.fullmatch(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern), name)
         need(words, f"{root / name} is not where pictures are expected, {glob}")
-        files.append([name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])])
-    return files
+        yield [name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])]
 
 
 # ------------------------------------------------------------------ COCO
@@ -283,19 +277,17 @@ class CocoIndex:
             content = json.loads(self.file.read_bytes())
             images = sorted(content["images"], key=lambda image: image["file_name"])
             self.image_ids = [image["id"] for image in images]
-            self.categories = [
-                Category(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]
-            ]
+            categories = [(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]]
+            self.categories = [Category(*category) for category in categories]
             for annotation in content.pop("annotations"):
                 of_image[annotation["image_id"]].append(annotation)
             for image in images:
-                files = [f"{split}/{below(root, image['file_name'], self.file)}"]
+                files = [f"{split}/{below(image['file_name'], self.file)}"]
                 annotations = of_image.pop(image["id"], [])  # so that packing an image frees its annotations
                 if kind == "panoptic":  # {segment id: (category id, is it a crowd?)}
                     need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
-                    labels = below(root, annotations[0]["file_name"], self.file)
-                    files.append(f"annotations/{self.file.stem}/{labels}")
-                    segments = annotations[0]["segments_info"]
+                    labels, segments = annotations[0]["file_name"], annotations[0]["segments_info"]
+                    files.append(f"annotations/{self.file.stem}/{below(labels, self.file)}")
                     entry = {s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in segments}
                 else:  # the image's size and [(category id, is it a crowd?, mask)]
                     masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
@@ -303,7 +295,8 @@ class CocoIndex:
                 self.files.append(files)
                 packed.append(pickle.dumps(entry))
         need(not of_image, f"{self.file} has annotations of images that it does not list")
-        self.ends, self.bytes = np.cumsum([len(entry) for entry in packed]), np.frombuffer(b"".join(packed), np.uint8)
+        self.ends = np.cumsum([len(entry) for entry in packed])
+        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
 
     def __getitem__(self, index):
         begin = self.ends[index - 1] if index else 0
@@ -332,23 +325,17 @@ def reading(file, form):
     """What cannot be read as `form`, being missing, foreign or cut short, is named in one line."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow, torchvision, json and pycocotools each raise their own
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"{file} cannot be read as {form} ({reason})") from None
 
 
-def below(root, path, table):
-    """The path as it stands; UserError if it leads out of root."""
+def below(path, table):
+    """The path as it stands; UserError if it leads out of the data set."""
     outside = Path(path).is_absolute() or ".." in Path(path).parts
-    need(not outside, f"{table} names {path}, which lies outside {root}")
+    need(not outside, f"{table} names {path}, which lies outside the data set")
     return path
 
 
@@ -357,27 +344,27 @@ def label_image(file, size, colours=False):
     with reading(file, "a picture"), Image.open(file) as image:
         ids = np.asarray(image.convert("RGB") if colours else image).astype(np.int32)
     if colours:
-        ids = ids[..., 0] + 256 * ids[..., 1] + 65536 * ids[..., 2]
+        ids = ids @ np.array([1, 256, 65536], np.int32)
     need(ids.shape == size, f"{file} is {ids.shape}, its picture {size}")
     return ids
 
 
-def present(ids: np.ndarray) -> list[int]:
-    """The values that occur, sorted; far faster than np.unique where they are not huge."""
+def present(ids):
+    """The values that occur, a sorted list; far faster than np.unique where they are not huge."""
     seen = np.zeros(int(ids.max()) + 1, bool)
     seen[ids] = True
     return np.flatnonzero(seen).tolist()
 
 
-def compact(ids: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """The values that occur, sorted, and the place among them of each pixel, int32 [H, W]."""
+def compact(ids):
+    """The values that occur, a sorted list, and the place among them of each pixel, int32 [H, W]."""
     values = present(ids)
     place_of = np.zeros(values[-1] + 1, np.int32)
     place_of[values] = np.arange(len(values))
     return values, place_of[ids]
 
 
-def count_pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def count_pairs(rows, columns, shape):
     """How many pixels have each pair of values: int64 of `shape`, from two maps of values below its sides."""
     pairs = rows.astype(np.int32) * shape[1] + columns
     return np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
@@ -387,8 +374,8 @@ def count_pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -
 def list_pictures(folder: Path) -> list[str]:
     """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
     need(folder.is_dir(), f"there is no folder {folder}")
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    names = sorted(name for name in paths if "/." not in f"/{name}")
     need(names, f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     return names
 
@@ -396,8 +383,8 @@ def list_pictures(folder: Path) -> list[str]:
 def read_image(path: Path, turn: bool = True) -> torch.Tensor:
     """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
 
-    Data sets ask for turn=False: their labels are in the pixels as they are stored. UserError names a file that is
-    missing, truncated or no picture. Colour profiles are ignored, as they are in the training of every encoder here.
+    Data sets ask for turn=False: their labels are in the pixels as they are stored. Colour profiles are ignored, as in
+    the training of every encoder here. UserError names a file that is missing, truncated or no picture.
     """
     # Pillow maps a file that it opens by name into memory, and then turns some TIFFs wrongly
     with reading(path, "a picture"), path.open("rb") as opened, Image.open(opened) as file:
