@@ -95,32 +95,31 @@ def open_split(name: str, data: Path, part: str) -> "Split":
 
 # ------------------------------------------------------------------ readers
 def read_ids(files, size, bare):
-    """Ids below `bare` are labels themselves (stuff, groups of things, void), all others label * 1000 + n."""
+    """Ids below `bare` are labels themselves (stuff, groups of things, void), others label * 1000 + n."""
     ids = label_image(files[0], size)
-    class_of = {value: (value // 1000, False) for value in present(ids)}
-    return Labels(ids, class_of | {value: (value, True) for value in class_of if value < bare})
+    return Labels(ids, {id: (id if id < bare else id // 1000, id < bare) for id in present(ids)})
 
 
 def read_urbansyn(files, size):
-    """One colour an instance, named in the JSON with its class; the colours of stuff are not, for us void."""
+    """One colour an instance, named in the JSON with its class; other colours are stuff: void."""
     ids, named = label_image(files[0], size, colours=True), {}
     with reading(files[1], 'a list of objects with "color" and "label"'):
         for entry in json.loads(files[1].read_bytes()):
             red, green, blue = map(int, entry["color"][:3])
-            named[red + 256 * green + 65536 * blue] = entry["label"]
-    return Labels(ids, {value: (named[value], False) for value in present(ids) if value in named})
+            named[red + 256 * green + 65536 * blue] = entry["label"], False
+    return Labels(ids, {id: named.get(id, ("unlabeled", False)) for id in present(ids)})
 
 
 def read_synscapes(files, size):
     """An instance's class is that of most of its pixels; things without an instance are a crowd."""
-    classes, instances = label_image(files[0], size), label_image(files[1], size, colours=True)
+    classes = label_image(files[0], size)
     need(classes.max() < 256, f"{files[0]} holds the unknown label {classes.max()}")
+    instances = label_image(files[1], size, colours=True)
     numbers, places = compact(instances)
     majority = count_pairs(places, classes, (len(numbers), 256)).argmax(1).tolist()
-    ids = np.where(instances > 0, 256 + places, classes)  # below 256: pixels without an instance, by class
-    class_of = {256 + place: (label, False) for place, label in enumerate(majority)}
-    class_of = class_of | {label: (label, True) for label in range(256)}
-    return Labels(ids, {value: class_of[value] for value in present(ids)})
+    label_of = [*range(256), *majority]  # ids below 256: pixels without an instance, by class
+    ids = np.where(instances > 0, 256 + places, classes)
+    return Labels(ids, {id: (label_of[id], id < 256) for id in present(ids)})
 
 
 def read_synthia(files, size):
@@ -132,17 +131,36 @@ def read_synthia(files, size):
     need(classes.shape == size, f"{files[0]} is {classes.shape}, its picture {size}")
     need(classes.max() <= max(SYNTHIA), f"{files[0]} holds the unknown label {classes.max()}")
     ids = 65536 * classes + instances
-    return Labels(ids, {value: (value >> 16, value & 65535 == 0) for value in present(ids)})
+    return Labels(ids, {id: (id >> 16, id & 65535 == 0) for id in present(ids)})
 
 
 def read_coco_panoptic(files, size, segments):
     """One colour a segment; segments: {id: (category id, is it a crowd?)}."""
     ids = label_image(files[0], size, colours=True)
     with reading(files[0], "segments that its JSON lists"):
-        return Labels(ids, {value: segments[value] for value in present(ids) if value})
+        return Labels(ids, {id: segments[id] for id in present(ids) if id})
 
 
-# What a reader returns. ids: int32 [H, W]; class_of: {id: (the data set's label, is it a crowd?)}, other ids being void
+def read_coco_instances(files, size, annotations):
+    """Masks that may overlap, run-length encoded, in place of a map of ids."""
+    expected, masks, name = annotations
+    need(size == expected, f"{name} is {size}, its annotations in {files[0]} are for {expected}")
+    rles, class_of = [], {}
+    with reading(files[0], f"masks of {name}"):
+        for category, crowd, mask in masks:
+            if isinstance(mask, list):  # polygons; fewer than three corners enclose nothing
+                polygons = [polygon for polygon in mask if len(polygon) >= 6]
+                mask = rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
+            elif isinstance(mask["counts"], list):
+                mask = rle.frPyObjects(mask, *size)
+            if mask:
+                need(tuple(mask["size"]) == size, f"{files[0]}: a mask of {name}, {size}, is {mask['size']}")
+                class_of[len(rles)] = category, crowd
+                rles.append(mask)
+    return Labels(rles, class_of)
+
+
+# What readers return. ids: int32 [H, W]; class_of: {id: (the data set's label, is it a crowd?)}
 Labels = namedtuple("Labels", "ids class_of")
 ITSELF = {label: label for label in range(34)}
 CITY = ["leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", "gtFine/{split}/{city}/{stem}_gtFine_instanceIds.png"]
@@ -160,7 +178,7 @@ DATA_SETS = {
     "urbansyn": (read_urbansyn, {c.name: c.id for c in ALL_CITYSCAPES}, URBANSYN),
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
     "synthia": (read_synthia, SYNTHIA, ["RGB/{stem}.png", "GT/LABELS/{stem}.png"]),
-    "coco": (read_coco_panoptic, {}, []),  # classes and files stand in its JSON
+    "coco": (None, {}, []),  # by the task, and all else stands in its JSON
 }
 
 
@@ -181,6 +199,7 @@ class Split(Dataset):
         if folder == "coco":
             self.coco = CocoIndex(self.root, split, "panoptic" if self.task == "panoptic" else "instances")
             self.categories, self.files = self.coco.categories, self.coco.files
+            self.read = read_coco_panoptic if self.task == "panoptic" else read_coco_instances
         else:
             self.files = list(list_files(self.root, split, templates))
         if folder == ADE:
@@ -190,8 +209,9 @@ class Split(Dataset):
                 self.categories = [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for path in (self.root / file for files in self.files for file in files):
-            need(path.is_file(), f"{path} is needed and not there")
+        for file in (Path(file) for files in self.files for file in files):
+            need(not file.is_absolute() and ".." not in file.parts, f"{file} lies outside {self.root}")
+            need((self.root / file).is_file(), f"{self.root / file} is needed and not there")
         self.names = [picture for picture, *_ in self.files]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
         self.label_of = {called: index_of.get(id) for called, id in id_of.items()}  # None: is not evaluated
@@ -204,32 +224,28 @@ class Split(Dataset):
         image = read_image(picture, turn=False)
         size = tuple(image.shape[1:])
         image_id = self.coco.image_ids[index] if self.coco else index
+        found = self.read(files, size, self.coco[index]) if self.coco else self.read(files, size)
+        number_of, segments = self.segments(found.class_of, files[0])
         sample = {"image": image, "image_id": image_id, "name": self.names[index]}
-        if self.coco and self.task == "instance":
-            masks, ids = list(self.coco.masks(index, size)), None
-            sample["rles"] = [code for code, _, _ in masks]
-            segments = [(self.label(category, self.coco.file), crowd) for _, category, crowd in masks]
+        if isinstance(found.ids, list):
+            sample["rles"] = found.ids
         else:
-            found = self.read(files, size, *([self.coco[index]] if self.coco else []))
-            ids, (sample["segments"], segments) = found.ids, self.segments(found, files[0])
-        labels, crowd = [label for label, _ in segments], [crowd for _, crowd in segments]
-        sample |= {"labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
-        return sample | ({"truth": self.truth(sample, ids, files)} if self.measures else {})
+            sample["segments"] = torch.from_numpy(number_of[found.ids])
+        sample["labels"] = torch.tensor([label for label, *_ in segments]).long()
+        sample["crowd"] = torch.tensor([crowd for _, crowd, _ in segments]).bool()
+        return sample | ({"truth": self.truth(sample, found.ids, files)} if self.measures else {})
 
-    def label(self, called, file):
-        need(called in self.label_of, f"{file} holds the unknown label {called!r}")
-        return self.label_of[called]
-
-    def segments(self, found, file):
-        """By the task: segments, int32 [H, W], and of each (label, is it a crowd?)."""
-        segment_of, places = np.zeros(found.ids.max() + 1, np.int32), {}
-        for value, (called, crowd) in found.class_of.items():
-            label = self.label(called, file)
+    def segments(self, class_of, file):
+        """By the task, each id's segment, int32, and the segments, [(label, is it a crowd?, a thing's id)]."""
+        number_of, segments = np.zeros(max(class_of, default=0) + 1, np.int32), {}
+        for id, (called, crowd) in class_of.items():
+            need(called in self.label_of, f"{file} holds the unknown label {called!r}")
+            label = self.label_of[called]
             if label is not None:
                 thing = self.task != "semantic" and self.categories[label].isthing
-                key = (label, crowd, value) if thing else (label, False, None)  # None: the whole class
-                segment_of[value] = places.setdefault(key, len(places) + 1)
-        return torch.from_numpy(segment_of[found.ids]), [(label, crowd) for label, crowd, _ in places]
+                segment = (label, crowd, id) if thing else (label, False, None)  # else of the whole class
+                number_of[id] = segments.setdefault(segment, len(segments) + 1)
+        return number_of, segments
 
     def truth(self, sample, ids, files):
         """What the measures' scores take of a sample."""
@@ -257,7 +273,7 @@ def list_files(root, split, templates):
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
         with reading(table, "lines of a picture's path and its label's"):
             lines = table.read_text("utf-8").strip().splitlines()
-            names = [below(picture, table) for picture, _ in map(str.split, lines)]
+            names = [picture for picture, _ in map(str.split, lines)]
     need(names, f"no pictures: expected {root / glob}")
     for name in sorted(names):
         words = re.fullmatch(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern), name)
@@ -271,7 +287,8 @@ class CocoIndex:
     share, where millions of Python objects would be copied bit by bit."""
 
     def __init__(self, root, split, kind):
-        self.file = root / f"annotations/{kind}_{split}.json"
+        folder = Path("annotations", f"{kind}_{split}")
+        self.file = root / folder.with_suffix(".json")
         self.files, packed, of_image = [], [], defaultdict(list)
         with reading(self.file, f"COCO's {kind} JSON"):
             content = json.loads(self.file.read_bytes())
@@ -282,16 +299,16 @@ class CocoIndex:
             for annotation in content.pop("annotations"):
                 of_image[annotation["image_id"]].append(annotation)
             for image in images:
-                files = [f"{split}/{below(image['file_name'], self.file)}"]
+                files = [Path(split, image["file_name"]).as_posix(), folder.with_suffix(".json")]
                 annotations = of_image.pop(image["id"], [])  # so that packing an image frees its annotations
                 if kind == "panoptic":  # {segment id: (category id, is it a crowd?)}
                     need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
-                    labels, segments = annotations[0]["file_name"], annotations[0]["segments_info"]
-                    files.append(f"annotations/{self.file.stem}/{below(labels, self.file)}")
+                    files[1] = folder / annotations[0]["file_name"]
+                    segments = annotations[0]["segments_info"]
                     entry = {s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in segments}
-                else:  # the image's size and [(category id, is it a crowd?, mask)]
+                else:  # the image's size, [(category id, is it a crowd?, mask)], and its name
                     masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
-                    entry = (image["height"], image["width"]), masks
+                    entry = (image["height"], image["width"]), masks, files[0]
                 self.files.append(files)
                 packed.append(pickle.dumps(entry))
         need(not of_image, f"{self.file} has annotations of images that it does not list")
@@ -301,22 +318,6 @@ class CocoIndex:
     def __getitem__(self, index):
         begin = self.ends[index - 1] if index else 0
         return pickle.loads(self.bytes[begin : self.ends[index]])  # packed above: no foreign pickle
-
-    def masks(self, index, size):
-        """Yield run-length code, category id, and is it a crowd?, of an image of `size` (height, width)."""
-        (name,), (expected, masks) = self.files[index], self[index]
-        need(size == expected, f"{name} is {size}, its annotations in {self.file} are for {expected}")
-        for category, crowd, shape in masks:
-            with reading(self.file, f"masks of {name}"):
-                if isinstance(shape, list):
-                    shape = [polygon for polygon in shape if len(polygon) >= 6]
-                    if not shape:  # fewer than three corners enclose nothing
-                        continue
-                    shape = rle.merge(rle.frPyObjects(shape, *size))
-                elif isinstance(shape["counts"], list):
-                    shape = rle.frPyObjects(shape, *size)
-                need(tuple(shape["size"]) == size, f"{self.file}: a mask of {name}, {size}, is {shape['size']}")
-            yield shape, category, crowd
 
 
 # ------------------------------------------------------------------ files
@@ -330,13 +331,6 @@ def reading(file, form):
     except Exception as error:  # Pillow, torchvision, json and pycocotools each raise their own
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"{file} cannot be read as {form} ({reason})") from None
-
-
-def below(path, table):
-    """The path as it stands; UserError if it leads out of the data set."""
-    outside = Path(path).is_absolute() or ".." in Path(path).parts
-    need(not outside, f"{table} names {path}, which lies outside the data set")
-    return path
 
 
 def label_image(file, size, colours=False):
@@ -383,8 +377,8 @@ def list_pictures(folder: Path) -> list[str]:
 def read_image(path: Path, turn: bool = True) -> torch.Tensor:
     """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
 
-    Data sets ask for turn=False: their labels are in the pixels as they are stored. Colour profiles are ignored, as in
-    the training of every encoder here. UserError names a file that is missing, truncated or no picture.
+    Data sets ask for turn=False: their labels are in the pixels as stored. Colour profiles are ignored, as in the
+    training of every encoder here. UserError if the file is missing, truncated or no picture.
     """
     # Pillow maps a file that it opens by name into memory, and then turns some TIFFs wrongly
     with reading(path, "a picture"), path.open("rb") as opened, Image.open(opened) as file:
