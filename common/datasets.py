@@ -287,8 +287,8 @@ class CocoIndex:
     share, where millions of Python objects would be copied bit by bit."""
 
     def __init__(self, root, split, kind):
-        folder = Path("annotations", f"{kind}_{split}")
-        self.file = root / folder.with_suffix(".json")
+        where = f"annotations/{kind}_{split}"
+        self.file = root / f"{where}.json"
         self.files, packed, of_image = [], [], defaultdict(list)
         with reading(self.file, f"COCO's {kind} JSON"):
             content = json.loads(self.file.read_bytes())
@@ -299,11 +299,11 @@ class CocoIndex:
             for annotation in content.pop("annotations"):
                 of_image[annotation["image_id"]].append(annotation)
             for image in images:
-                files = [Path(split, image["file_name"]).as_posix(), folder.with_suffix(".json")]
+                files = [Path(split, image["file_name"]).as_posix(), f"{where}.json"]
                 annotations = of_image.pop(image["id"], [])  # so that packing an image frees its annotations
                 if kind == "panoptic":  # {segment id: (category id, is it a crowd?)}
                     need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
-                    files[1] = folder / annotations[0]["file_name"]
+                    files[1] = f"{where}/{annotations[0]['file_name']}"
                     segments = annotations[0]["segments_info"]
                     entry = {s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in segments}
                 else:  # the image's size, [(category id, is it a crowd?, mask)], and its name
