@@ -14,6 +14,7 @@ import contextlib
 import json
 import pickle
 import re
+from array import array
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -289,17 +290,18 @@ class CocoIndex:
     def __init__(self, root, split, kind):
         where = f"annotations/{kind}_{split}"
         self.file = root / f"{where}.json"
-        self.files, packed, of_image = [], [], defaultdict(list)
+        self.bytes, self.ends = bytearray(), array("q", [0])
+        of_image = defaultdict(list)
         with reading(self.file, f"COCO's {kind} JSON"):
-            content = json.loads(self.file.read_bytes())
+            content = json.loads(self.file.read_text("utf-8"))
             images = sorted(content["images"], key=lambda image: image["file_name"])
             self.image_ids = [image["id"] for image in images]
+            self.files = [[Path(split, image["file_name"]).as_posix(), f"{where}.json"] for image in images]
             categories = [(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]]
             self.categories = [Category(*category) for category in categories]
             for annotation in content.pop("annotations"):
                 of_image[annotation["image_id"]].append(annotation)
-            for image in images:
-                files = [Path(split, image["file_name"]).as_posix(), f"{where}.json"]
+            for files, image in zip(self.files, images, strict=True):
                 annotations = of_image.pop(image["id"], [])  # so that packing an image frees its annotations
                 if kind == "panoptic":  # {segment id: (category id, is it a crowd?)}
                     need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
@@ -309,15 +311,13 @@ class CocoIndex:
                 else:  # the image's size, [(category id, is it a crowd?, mask)], and its name
                     masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
                     entry = (image["height"], image["width"]), masks, files[0]
-                self.files.append(files)
-                packed.append(pickle.dumps(entry))
+                self.bytes += pickle.dumps(entry)
+                self.ends.append(len(self.bytes))
         need(not of_image, f"{self.file} has annotations of images that it does not list")
-        self.ends = np.cumsum([len(entry) for entry in packed])
-        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
 
     def __getitem__(self, index):
-        begin = self.ends[index - 1] if index else 0
-        return pickle.loads(self.bytes[begin : self.ends[index]])  # packed above: no foreign pickle
+        packed = self.bytes[self.ends[index] : self.ends[index + 1]]
+        return pickle.loads(packed)  # packed above: no foreign pickle
 
 
 # ------------------------------------------------------------------ files
