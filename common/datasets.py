@@ -79,12 +79,12 @@ BENCHMARKS = {
 }
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name):
     need(name in BENCHMARKS, f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
-def open_split(name: str, data: Path, part: str) -> "Split":
+def open_split(name, data, part):
     """A benchmark's "train" or "val" split. UserError where data is missing, or its files do not fit together."""
     benchmark = find_benchmark(name)
     if name == "toycity":  # drawn when it is first asked for
@@ -365,7 +365,7 @@ def count_pairs(rows, columns, shape):
 
 
 # ------------------------------------------------------------------ pictures
-def list_pictures(folder: Path) -> list[str]:
+def list_pictures(folder):
     """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
     need(folder.is_dir(), f"there is no folder {folder}")
     paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
@@ -374,7 +374,7 @@ def list_pictures(folder: Path) -> list[str]:
     return names
 
 
-def read_image(path: Path, turn: bool = True) -> torch.Tensor:
+def read_image(path, turn=True):
     """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
 
     Data sets ask for turn=False: their labels are in the pixels as stored. Colour profiles are ignored, as in the
@@ -395,7 +395,7 @@ def read_image(path: Path, turn: bool = True) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def working_size(height: int, width: int, size: str, multiple: int = 32) -> tuple[int, int]:
+def working_size(height, width, size, multiple=32):
     """Height and width, multiples of 32, at which a picture enters the encoders.
 
     size: "512x1024"; "512", that short side, the aspect kept; "800/1333", too, the long side at most 1333; "own".
@@ -413,6 +413,6 @@ def working_size(height: int, width: int, size: str, multiple: int = 32) -> tupl
     return tuple(max(multiple, round(side / multiple) * multiple) for side in sides)
 
 
-def resize_image(image: torch.Tensor, size: str) -> torch.Tensor:
+def resize_image(image, size):
     """uint8 [3, H, W] -> float32 [3, h, w] in [0, 1] at the working size, bilinear with antialiasing."""
     return TF.resize(image, working_size(*image.shape[1:], size), antialias=True).float() / 255
