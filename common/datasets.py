@@ -11,51 +11,44 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 """
 
 import contextlib
-import functools
-import io
 import json
 import pickle
 import re
+from array import array
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 
 from common import toycity
 from common.run import UserError, need
 
-# A format that Pillow cannot read here, as it may be with .heic, is named as unreadable.
+# What Pillow cannot read here, perhaps .heic, is named as unreadable.
 PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 # ------------------------------------------------------------------ classes
-class Category(NamedTuple):
-    id: int  # in the data set's own files
-    name: str
-    isthing: bool
-
-
+# The id is that of the data set's own files.
+Category = namedtuple("Category", "id name isthing")
 # Cityscapes' 19 evaluated classes, in train-id order
 ALL_CITYSCAPES = torchvision.datasets.Cityscapes.classes
 CITYSCAPES = [Category(c.id, c.name, c.has_instances) for c in ALL_CITYSCAPES if not c.ignore_in_eval]
 CITYSCAPES_THINGS = [category for category in CITYSCAPES if category.isthing]
 CITYSCAPES_VOID = [c.id for c in ALL_CITYSCAPES if c.ignore_in_eval and c.id >= 0]
 TOYCITY = [category for category in CITYSCAPES if category.id in (7, 8, 11, 17, 21, 23, 24, 26, 27)]
-# KITTI-360 counts instances of buildings too, and has none of buses and trains.
+# KITTI-360 counts buildings too, and has no buses and trains.
 KITTI360_THINGS = [Category(11, "building", True)] + [c for c in CITYSCAPES_THINGS if c.id not in (28, 31)]
 # SYNTHIA's label: Cityscapes' id, 0 where Cityscapes does not evaluate it
-SYNTHIA = {
-    0: 0, 1: 23, 2: 11, 3: 7, 4: 8, 5: 13, 6: 21, 7: 17, 8: 26, 9: 20, 10: 24, 11: 33, 12: 32, 13: 9, 14: 0, 15: 19,
-    16: 22, 17: 25, 18: 27, 19: 28, 20: 31, 21: 12, 22: 7,
-}  # fmt: skip
+SYNTHIA = (0, 23, 11, 7, 8, 13, 21, 17, 26, 20, 24, 33, 32, 9, 0, 19, 22, 25, 27, 28, 31, 12, 7)
+SYNTHIA = dict(enumerate(SYNTHIA))
 
 
 # ------------------------------------------------------------------ benchmarks
@@ -70,15 +63,15 @@ class Benchmark:
     size: str = "512x1024"  # of the pictures that stage 1 extracts
 
 
-ADE20K, CITYSCAPES_VAL = "ADEChallengeData2016", ("cityscapes val", "instance", ("AP",), CITYSCAPES_THINGS)
-ADE20K_SPLITS = f"{ADE20K} training", f"{ADE20K} validation"
+ADE = "ADEChallengeData2016"
+CITYSCAPES_VAL = "cityscapes val", "instance", ("AP",), CITYSCAPES_THINGS
 BENCHMARKS = {
     "toycity": Benchmark("toycity train", "toycity val", "panoptic", ("mIoU", "AP", "PQ"), TOYCITY),
     "cityscapes_semantic": Benchmark("cityscapes train", "cityscapes val", "semantic", ("mIoU",), CITYSCAPES, "82.8"),
     "cityscapes_instance": Benchmark("cityscapes train", *CITYSCAPES_VAL, "39.5"),
     "coco_instance": Benchmark("coco train2017", "coco val2017", "instance", ("AP",), None, "47.3", "512"),
     "coco_panoptic": Benchmark("coco train2017", "coco val2017", "panoptic", ("PQ",), None, "56.9", "512"),
-    "ade20k_semantic": Benchmark(*ADE20K_SPLITS, "semantic", ("mIoU",), None, "57.5", "512"),
+    "ade20k_semantic": Benchmark(f"{ADE} training", f"{ADE} validation", "semantic", ("mIoU",), None, "57.5", "512"),
     "kitti360_instance": Benchmark("KITTI-360 train", "KITTI-360 val", "instance", ("AP",), KITTI360_THINGS, "21.9"),
     "urbansyn_to_cityscapes_instance": Benchmark("urbansyn train", *CITYSCAPES_VAL, "32.5 (ViT-L)"),
     "synscapes_to_cityscapes_instance": Benchmark("synscapes train", *CITYSCAPES_VAL, "33.4 (ViT-L)"),
@@ -86,145 +79,140 @@ BENCHMARKS = {
 }
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name):
     need(name in BENCHMARKS, f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
-def open_split(name: str, data: Path, part: str) -> "Split":
-    """A benchmark's "train" or "val" split; toycity is drawn when it is first asked for.
-
-    Raises UserError where data is missing, or its files do not fit together.
-    """
+def open_split(name, data, part):
+    """A benchmark's "train" or "val" split. UserError where data is missing, or its files do not fit together."""
     benchmark = find_benchmark(name)
-    where = benchmark.trains_on if part == "train" else benchmark.evaluates_on
-    if name == "toycity":
+    if name == "toycity":  # drawn when it is first asked for
         toycity.write(data / name)
-    root = data / where.split()[0]
-    need(root.is_dir(), f"{name} needs {root}, which is not there: say where your data sets are with --data")
-    return Split(benchmark, data, where, benchmark.measures if part == "val" else ())
+    if part == "train":
+        return Split(benchmark, data, benchmark.trains_on)
+    return Split(benchmark, data, benchmark.evaluates_on, benchmark.measures)
 
 
 # ------------------------------------------------------------------ readers
-class Labels(NamedTuple):
-    ids: np.ndarray  # int32 [H, W]
-    class_of: dict  # {id: what the data set calls its class}; pixels of other ids are void
-    crowds: list = ()  # the ids of crowds
+def read_ids(files, size, bare):
+    """Ids below `bare` are labels themselves (stuff, groups of things, void), others label * 1000 + n."""
+    ids = label_image(files[0], size)
+    return Labels(ids, {id: (id if id < bare else id // 1000, id < bare) for id in present(ids)})
 
 
-def read_cityscapes(files: list[Path]) -> Labels:
-    """instanceIds hold the label ids too: id*1000 + n for a thing, the bare id for stuff, groups and void."""
-    ids = label_image(files[0])
-    class_of = {value: value // 1000 if value >= 1000 else value for value in present(ids)}
-    return Labels(ids, class_of, [value for value in class_of if value < 1000])
+def read_urbansyn(files, size):
+    """One colour an instance, named in the JSON with its class; other colours are stuff: void."""
+    ids, named = label_image(files[0], size, colours=True), {}
+    with reading(files[1], 'a list of objects with "color" and "label"'):
+        for entry in json.loads(files[1].read_bytes()):
+            red, green, blue = map(int, entry["color"][:3])
+            named[red + 256 * green + 65536 * blue] = entry["label"], False
+    return Labels(ids, {id: named.get(id, ("unlabeled", False)) for id in present(ids)})
 
 
-def read_kitti360(files: list[Path]) -> Labels:
-    """All values are id*1000 + n, so that n may be 0 for a thing; only 0 is void."""
-    ids = label_image(files[0])
-    return Labels(ids, {value: value // 1000 for value in present(ids)})
-
-
-def read_ade20k(files: list[Path]) -> Labels:
-    ids = label_image(files[0])
-    return Labels(ids, {value: value for value in present(ids)})
-
-
-def read_urbansyn(files: list[Path]) -> Labels:
-    """One colour an instance, named with its class in the JSON; colours that are not there are stuff, void for us."""
-    ids = colour_ids(files[0])
-    try:
-        entries = [(entry["color"][:3], entry["label"]) for entry in read_json(files[1])]
-        named = {int(r) + 256 * int(g) + 65536 * int(b): label for (r, g, b), label in entries}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f'{files[1]} is not a list of objects with "color" and "label"') from None
-    return Labels(ids, {value: named[value] for value in present(ids) if value in named})
-
-
-def read_synscapes(files: list[Path]) -> Labels:
+def read_synscapes(files, size):
     """An instance's class is that of most of its pixels; things without an instance are a crowd."""
-    classes, instances = label_image(files[0]), colour_ids(files[1])
-    need(classes.shape == instances.shape, f"{files[0]} is {classes.shape}, its instances {instances.shape}")
-    need(classes.max() < 256, f"{files[0]} holds the label {classes.max()}, which is not in the table of classes")
+    classes = label_image(files[0], size)
+    need(classes.max() < 256, f"{files[0]} holds the unknown label {classes.max()}")
+    instances = label_image(files[1], size, colours=True)
     numbers, places = compact(instances)
-    counts = count_pairs(places, classes, (len(numbers), 256))
-    ids = np.where(instances > 0, 256 + places, classes)  # below 256: pixels without an instance, by class
-    crowds = [value for value in present(ids) if value < 256]
-    things = {256 + i: int(counts[i].argmax()) for i, number in enumerate(numbers) if number > 0}
-    return Labels(ids, {value: value for value in crowds} | things, crowds)
+    majority = count_pairs(places, classes, (len(numbers), 256)).argmax(1).tolist()
+    label_of = [*range(256), *majority]  # ids below 256: pixels without an instance, by class
+    ids = np.where(instances > 0, 256 + places, classes)
+    return Labels(ids, {id: (label_of[id], id < 256) for id in present(ids)})
 
 
-def read_synthia(files: list[Path]) -> Labels:
-    """16 bits a channel, the first the class, the second the instance; things without an instance are a crowd."""
-    try:  # Pillow would cut the numbers to 8 bits
-        channels = torchvision.io.read_image(str(files[0]), torchvision.io.ImageReadMode.UNCHANGED).numpy()
-    except RuntimeError as error:
-        raise UserError(f"{files[0]} cannot be read as a picture ({str(error).splitlines()[0]})") from None
-    need(channels.dtype == np.uint16 and len(channels) > 1, f"{files[0]} is no colour PNG of 16 bits a channel")
-    highest = channels[0].max()  # beyond the table, ids would be large numbers
-    need(highest <= max(SYNTHIA), f"{files[0]} holds the label {highest}, which is not in the table of classes")
-    ids = channels[0].astype(np.int32) * 65536 + channels[1]
-    class_of = {value: value >> 16 for value in present(ids)}
-    return Labels(ids, class_of, [value for value in class_of if value & 65535 == 0])
+def read_synthia(files, size):
+    """The class, then the instance, 16 bits each; things without an instance are a crowd."""
+    with reading(files[0], "a colour picture"):  # Pillow would cut the numbers to 8 bits
+        channels = torchvision.io.decode_image(str(files[0]), "UNCHANGED").numpy()
+        classes, instances, *_ = channels.astype(np.int32)
+    need(channels.dtype == np.uint16, f"{files[0]} has not 16 bits a channel")
+    need(classes.shape == size, f"{files[0]} is {classes.shape}, its picture {size}")
+    need(classes.max() <= max(SYNTHIA), f"{files[0]} holds the unknown label {classes.max()}")
+    ids = 65536 * classes + instances
+    return Labels(ids, {id: (id >> 16, id & 65535 == 0) for id in present(ids)})
 
 
-def read_coco_panoptic(files: list[Path], segments: dict) -> Labels:
+def read_coco_panoptic(files, size, segments):
     """One colour a segment; segments: {id: (category id, is it a crowd?)}."""
-    ids = colour_ids(files[0])
-    values = [value for value in present(ids) if value]
-    for value in values:
-        need(value in segments, f"{files[0]} holds the segment {value}, which is not among those of its JSON")
-    return Labels(ids, {value: segments[value][0] for value in values}, [v for v in values if segments[v][1]])
+    ids = label_image(files[0], size, colours=True)
+    with reading(files[0], "segments that its JSON lists"):
+        return Labels(ids, {id: segments[id] for id in present(ids) if id})
 
 
+def read_coco_instances(files, size, annotations):
+    """Masks that may overlap, run-length encoded, in place of a map of ids."""
+    expected, masks, name = annotations
+    need(size == expected, f"{name} is {size}, its annotations in {files[0]} are for {expected}")
+    rles, class_of = [], {}
+    with reading(files[0], f"masks of {name}"):
+        for category, crowd, mask in masks:
+            if isinstance(mask, list):  # polygons; fewer than three corners enclose nothing
+                polygons = [polygon for polygon in mask if len(polygon) >= 6]
+                mask = rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
+            elif isinstance(mask["counts"], list):
+                mask = rle.frPyObjects(mask, *size)
+            if mask:
+                need(tuple(mask["size"]) == size, f"{files[0]}: a mask of {name}, {size}, is {mask['size']}")
+                class_of[len(rles)] = category, crowd
+                rles.append(mask)
+    return Labels(rles, class_of)
+
+
+# What readers return. ids: int32 [H, W]; class_of: {id: (the data set's label, is it a crowd?)}
+Labels = namedtuple("Labels", "ids class_of")
 ITSELF = {label: label for label in range(34)}
 CITY = ["leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", "gtFine/{split}/{city}/{stem}_gtFine_instanceIds.png"]
 RAW_360, OF_360 = "data_2d_raw/{drive}/image_00", "data_2d_semantics/train/{drive}/image_00"
 KITTI = [RAW_360 + "/data_rect/{stem}.png", OF_360 + "/instance/{stem}.png", OF_360 + "/confidence/{stem}.png"]
 URBANSYN = ["rgb/rgb_{stem}.png", "panoptic/panoptic_{stem}.png", "bbox2d/bbox2d_{stem}.json"]
 SYNSCAPES = ["img/rgb/{stem}.png", "img/class/{stem}.png", "img/instance/{stem}.png"]
-# By folder: what reads the labels; {what their files call a class: the id of a category, or one that is not evaluated};
-# and where a picture and its labels lie, what stands in braces being alike in all of them.
+# By folder: what reads the labels; {label: the id of a category, or one that is not evaluated}; and where a picture and
+# its labels lie, what stands in braces being alike in all of them. KITTI-360's garages, 34, count as buildings.
 DATA_SETS = {
-    "toycity": (read_cityscapes, ITSELF, CITY),
-    "cityscapes": (read_cityscapes, ITSELF, CITY),
-    "KITTI-360": (read_kitti360, {label: label for label in range(45)} | {34: 11}, KITTI),  # garages count as buildings
-    ADE20K: (read_ade20k, {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
+    "toycity": (partial(read_ids, bare=1000), ITSELF, CITY),
+    "cityscapes": (partial(read_ids, bare=1000), ITSELF, CITY),
+    "KITTI-360": (partial(read_ids, bare=0), {label: label for label in range(45)} | {34: 11}, KITTI),
+    ADE: (partial(read_ids, bare=65536), {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
     "urbansyn": (read_urbansyn, {c.name: c.id for c in ALL_CITYSCAPES}, URBANSYN),
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
     "synthia": (read_synthia, SYNTHIA, ["RGB/{stem}.png", "GT/LABELS/{stem}.png"]),
-    "coco": (read_coco_panoptic, {}, []),  # classes and files stand in its JSON
+    "coco": (None, {}, []),  # by the task, and all else stands in its JSON
 }
 
 
 class Split(Dataset):
     """A split of a data set, read into samples (see the top of this file).
 
-    where: folder under the data root, and split. categories: [Category], in the order of the contiguous labels. task:
-    "semantic" makes one segment of each class in the image, "instance" one of each thing, "panoptic" one of each stuff
-    class and each thing. measures: whose truth goes into the samples. Raises UserError for an unreadable file or an
-    unknown label.
+    where: folder under the data root, and split. task: "semantic" makes one segment of each class in the image,
+    "instance" one of each thing, "panoptic" one of each stuff class and each thing. measures: whose truth goes into
+    the samples. categories: [Category], in the order of the contiguous labels.
     """
 
-    def __init__(self, benchmark: Benchmark, data: Path, where: str, measures: tuple[str, ...] = ()):
+    def __init__(self, benchmark, data, where, measures=()):
         folder, split = where.split()
         self.root, self.task, self.measures = data / folder, benchmark.task, measures
+        need(self.root.is_dir(), f"{self.root} is needed and not there: say where your data sets are with --data")
         self.read, id_of, templates = DATA_SETS[folder]
         self.categories, self.coco = benchmark.categories, None
         if folder == "coco":
             self.coco = CocoIndex(self.root, split, "panoptic" if self.task == "panoptic" else "instances")
             self.categories, self.files = self.coco.categories, self.coco.files
+            self.read = read_coco_panoptic if self.task == "panoptic" else read_coco_instances
         else:
-            self.files = list_files(self.root, split, templates)  # for each image, the picture and its labels
-        if folder == ADE20K:
-            self.categories = ade20k_categories(self.root / "objectInfo150.txt")
+            self.files = list(list_files(self.root, split, templates))
+        if folder == ADE:
+            table = self.root / "objectInfo150.txt"
+            with reading(table, "lines of Idx, Ratio, Train, Val and Name with tabs between"):
+                rows = [line.split("\t") for line in table.read_text("utf-8").strip().splitlines()[1:]]
+                self.categories = [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for files in self.files:
-            for file in files:
-                need(
-                    (self.root / file).is_file(), f"{self.root / files[0]} needs {self.root / file}, which is not there"
-                )
+        for file in (Path(file) for files in self.files for file in files):
+            need(not file.is_absolute() and ".." not in file.parts, f"{file} lies outside {self.root}")
+            need((self.root / file).is_file(), f"{self.root / file} is needed and not there")
         self.names = [picture for picture, *_ in self.files]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
         self.label_of = {called: index_of.get(id) for called, id in id_of.items()}  # None: is not evaluated
@@ -232,55 +220,44 @@ class Split(Dataset):
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index):
         picture, *files = (self.root / file for file in self.files[index])
         image = read_image(picture, turn=False)
-        image_id = int(self.coco.image_ids[index]) if self.coco else index
-        sample = {"image": image, "image_id": image_id, "name": self.names[index]}
         size = tuple(image.shape[1:])
-        if self.coco and self.task == "instance":
-            rles, called, crowd = self.coco.masks(index, size)
-            labels = [self.label(category, self.coco.file) for category in called]
-            sample |= {"rles": rles, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
-            return sample | ({"truth": {"instance": ()}} if self.measures else {})
-        found = self.read(files, self.coco[index]) if self.coco else self.read(files)
-        need(found.ids.shape == size, f"{files[0]} is {found.ids.shape}, its picture {size}")
-        sample |= self.segments(found, files[0])
+        image_id = self.coco.image_ids[index] if self.coco else index
+        found = self.read(files, size, self.coco[index]) if self.coco else self.read(files, size)
+        number_of, segments = self.segments(found.class_of, files[0])
+        sample = {"image": image, "image_id": image_id, "name": self.names[index]}
+        if isinstance(found.ids, list):
+            sample["rles"] = found.ids
+        else:
+            sample["segments"] = torch.from_numpy(number_of[found.ids])
+        sample["labels"] = torch.tensor([label for label, *_ in segments]).long()
+        sample["crowd"] = torch.tensor([crowd for _, crowd, _ in segments]).bool()
         return sample | ({"truth": self.truth(sample, found.ids, files)} if self.measures else {})
 
-    def label(self, called, file):
-        need(called in self.label_of, f"{file} holds the label {called!r}, which is not in the table of classes")
-        return self.label_of[called]
+    def segments(self, class_of, file):
+        """By the task, each id's segment, int32, and the segments, [(label, is it a crowd?, a thing's id)]."""
+        number_of, segments = np.zeros(max(class_of, default=0) + 1, np.int32), {}
+        for id, (called, crowd) in class_of.items():
+            need(called in self.label_of, f"{file} holds the unknown label {called!r}")
+            label = self.label_of[called]
+            if label is not None:
+                thing = self.task != "semantic" and self.categories[label].isthing
+                segment = (label, crowd, id) if thing else (label, False, None)  # else of the whole class
+                number_of[id] = segments.setdefault(segment, len(segments) + 1)
+        return number_of, segments
 
-    def segments(self, found: Labels, file: Path) -> dict:
-        """Segments, labels and crowd of a sample, by the task."""
-        segment_of = np.zeros(int(found.ids.max()) + 1, np.int32)
-        labels, crowd, first_of_class = [], [], {}
-        for value, called in found.class_of.items():
-            label = self.label(called, file)
-            if label is None:
-                continue
-            merged = self.task == "semantic" or not self.categories[label].isthing  # one segment for the whole class
-            if not merged or label not in first_of_class:
-                labels.append(label)
-                crowd.append(value in found.crowds and not merged)
-                first_of_class[label] = len(labels)
-            segment_of[value] = first_of_class[label]
-        segments = torch.from_numpy(segment_of[found.ids])
-        return {"segments": segments, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
-
-    def truth(self, sample: dict, ids: np.ndarray, files: list[Path]) -> dict:
+    def truth(self, sample, ids, files):
         """What the measures' scores take of a sample."""
         truth, labels = {}, sample["labels"].tolist()
         if "mIoU" in self.measures:
             class_of = torch.tensor([255, *labels], dtype=torch.uint8)
             truth["semantic"] = (class_of[sample["segments"].long()],)  # uint8 [H, W], 255 ignored
         if "AP" in self.measures:
-            truth["instance"] = (torch.from_numpy(ids).long(),)
+            truth["instance"] = () if self.coco else (torch.from_numpy(ids).long(),)
             if len(files) > 1:  # KITTI-360's confidence
-                weights = label_image(files[1]) / 65535
-                need(weights.shape == ids.shape, f"{files[1]} is {weights.shape}, the labels {ids.shape}")
-                truth["instance"] += (torch.from_numpy(weights),)
+                truth["instance"] += (torch.from_numpy(label_image(files[1], ids.shape) / 65535),)
         if "PQ" in self.measures:
             pairs = enumerate(zip(labels, sample["crowd"].int().tolist(), strict=True), 1)
             segments = [{"id": i, "category_id": self.categories[label].id, "iscrowd": c} for i, (label, c) in pairs]
@@ -289,31 +266,20 @@ class Split(Dataset):
 
 
 def list_files(root, split, templates):
-    """For each image the paths below root of the picture and of its labels; KITTI-360 has a table of its pictures."""
+    """Yield for each image the paths below root of the picture and of its labels. KITTI-360 has a table of pictures."""
     pattern = templates[0].replace("{split}", split)
     glob = re.sub(r"{\w+}", "*", pattern)
     names = [path.relative_to(root).as_posix() for path in root.glob(glob)]
     if "{drive}" in pattern:
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
-        lines = [line.split() for line in read_text(table).splitlines() if line.strip()]
-        whole = all(len(line) == 2 for line in lines)
-        need(whole, f"{table}: a line is a picture's path and its label's, with a space between")
-        names = [below(root, picture, table) for picture, _ in lines]
+        with reading(table, "lines of a picture's path and its label's"):
+            lines = table.read_text("utf-8").strip().splitlines()
+            names = [picture for picture, _ in map(str.split, lines)]
     need(names, f"no pictures: expected {root / glob}")
-    files = []
     for name in sorted(names):
         words = re.fullmatch(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern), name)
         need(words, f"{root / name} is not where pictures are expected, {glob}")
-        files.append([name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])])
-    return files
-
-
-def ade20k_categories(table):
-    rows = [line.split("\t") for line in read_text(table).splitlines()[1:] if line.strip()]
-    try:  # index, ratio, training, validation, names
-        return [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
-    except (ValueError, IndexError):
-        raise UserError(f"{table}: a line is Idx, Ratio, Train, Val and Name with tabs between") from None
+        yield [name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])]
 
 
 # ------------------------------------------------------------------ COCO
@@ -321,190 +287,132 @@ class CocoIndex:
     """What COCO's JSON says of a split. The annotations of all images are one long array of bytes, which forked workers
     share, where millions of Python objects would be copied bit by bit."""
 
-    def __init__(self, root: Path, split: str, kind: str):
-        self.file = root / f"annotations/{kind}_{split}.json"
-        content = read_json(self.file)
-        try:
+    def __init__(self, root, split, kind):
+        where = f"annotations/{kind}_{split}"
+        self.file = root / f"{where}.json"
+        self.bytes, self.ends = bytearray(), array("q", [0])
+        of_image = defaultdict(list)
+        with reading(self.file, f"COCO's {kind} JSON"):
+            content = json.loads(self.file.read_text("utf-8"))
             images = sorted(content["images"], key=lambda image: image["file_name"])
-            self.image_ids = np.array([image["id"] for image in images])
-            self.files = [[f"{split}/{below(root, image['file_name'], self.file)}"] for image in images]
+            self.image_ids = [image["id"] for image in images]
+            self.files = [[Path(split, image["file_name"]).as_posix(), f"{where}.json"] for image in images]
             categories = [(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]]
-            packed = list(self.segments_of(content, images) if kind == "panoptic" else self.masks_of(content, images))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.file} is not in COCO's {kind} form ({error!r})") from None
-        self.categories = [Category(*category) for category in categories]
-        self.ends, self.bytes = np.cumsum([len(entry) for entry in packed]), np.frombuffer(b"".join(packed), np.uint8)
+            self.categories = [Category(*category) for category in categories]
+            for annotation in content.pop("annotations"):
+                of_image[annotation["image_id"]].append(annotation)
+            for files, image in zip(self.files, images, strict=True):
+                annotations = of_image.pop(image["id"], [])  # so that packing an image frees its annotations
+                if kind == "panoptic":  # {segment id: (category id, is it a crowd?)}
+                    need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
+                    files[1] = f"{where}/{annotations[0]['file_name']}"
+                    segments = annotations[0]["segments_info"]
+                    entry = {s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in segments}
+                else:  # the image's size, [(category id, is it a crowd?, mask)], and its name
+                    masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
+                    entry = (image["height"], image["width"]), masks, files[0]
+                self.bytes += pickle.dumps(entry)
+                self.ends.append(len(self.bytes))
+        need(not of_image, f"{self.file} has annotations of images that it does not list")
 
-    def __getitem__(self, index: int):
-        begin = self.ends[index - 1] if index else 0
-        return pickle.loads(self.bytes[begin : self.ends[index]])  # packed above: no foreign pickle
-
-    def segments_of(self, content: dict, images: list[dict]):
-        """Of each image {segment id: (category id, is it a crowd?)}, pickled."""
-        of_image = {annotation["image_id"]: annotation for annotation in content["annotations"]}
-        once = set(of_image) == set(self.image_ids.tolist()) and len(of_image) == len(content["annotations"])
-        need(once, f"{self.file}: expected one annotation for each image")
-        for files, image in zip(self.files, images, strict=True):
-            annotation = of_image[image["id"]]
-            files.append(f"annotations/{self.file.stem}/{below(self.file.parent, annotation['file_name'], self.file)}")
-            yield pickle.dumps({s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in annotation["segments_info"]})
-
-    def masks_of(self, content: dict, images: list[dict]):
-        """Of each image its size and [(category id, is it a crowd?, mask)], pickled."""
-        index = COCO()
-        index.dataset = content
-        with contextlib.redirect_stdout(io.StringIO()):
-            index.createIndex()
-        content["annotations"] = index.anns = None  # so that packing an image frees its annotations
-        for image in images:
-            annotations = index.imgToAnns.pop(image["id"], [])
-            masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
-            yield pickle.dumps(((image["height"], image["width"]), masks))
-        need(not index.imgToAnns, f"{self.file} has annotations of images that it does not list")
-
-    def masks(self, index: int, size: tuple[int, int]) -> tuple[list, list[int], list[bool]]:
-        """Run-length codes, category ids, and which are crowds, of an image of `size` (height, width)."""
-        (name,), (expected, annotations) = self.files[index], self[index]
-        need(size == expected, f"{name} is {size}, its annotations in {self.file} are for {expected}")
-        rles, categories, crowds = [], [], []
-        for category, crowd, shape in annotations:
-            try:
-                if isinstance(shape, list):  # polygons; fewer than three corners enclose nothing
-                    shape = [polygon for polygon in shape if len(polygon) >= 6]
-                    shape = rle.merge(rle.frPyObjects(shape, *size)) if shape else None
-                elif isinstance(shape["counts"], list):
-                    shape = rle.frPyObjects(shape, *size)
-                if shape and tuple(shape["size"]) != size:
-                    raise ValueError(f"its size is {shape['size']}")
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{self.file}: a mask of {name}, {size}, is no mask ({error})") from None
-            if shape is not None:
-                rles.append(shape)
-                categories.append(category)
-                crowds.append(crowd)
-        return rles, categories, crowds
+    def __getitem__(self, index):
+        packed = self.bytes[self.ends[index] : self.ends[index + 1]]
+        return pickle.loads(packed)  # packed above: no foreign pickle
 
 
 # ------------------------------------------------------------------ files
-def below(root: Path, path: str, table: Path) -> str:
-    """The path as it stands; UserError if it leads out of root."""
-    outside = Path(path).is_absolute() or ".." in Path(path).parts
-    need(not outside, f"{table} names {path}, which lies outside {root}")
-    return path
-
-
-def read_text(file):
-    need(file.is_file(), f"{file} is needed and not there")
-    return file.read_text(encoding="utf-8", errors="replace")
-
-
-def read_json(file):
+@contextlib.contextmanager
+def reading(file, form):
+    """What cannot be read as `form`, being missing, foreign or cut short, is named in one line."""
     try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not whole JSON ({error}): download it again") from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Pillow, torchvision, json and pycocotools each raise their own
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{file} cannot be read as {form} ({reason})") from None
 
 
-def present(ids: np.ndarray) -> list[int]:
-    """The values that occur, sorted; far faster than np.unique where they are not huge."""
+def label_image(file, size, colours=False):
+    """int32 [H, W], of `size`: an 8- or 16-bit image of one channel, or R + 256 G + 65536 B."""
+    with reading(file, "a picture"), Image.open(file) as image:
+        ids = np.asarray(image.convert("RGB") if colours else image).astype(np.int32)
+    if colours:
+        ids = ids @ np.array([1, 256, 65536], np.int32)
+    need(ids.shape == size, f"{file} is {ids.shape}, its picture {size}")
+    return ids
+
+
+def present(ids):
+    """The values that occur, a sorted list; far faster than np.unique where they are not huge."""
     seen = np.zeros(int(ids.max()) + 1, bool)
     seen[ids] = True
     return np.flatnonzero(seen).tolist()
 
 
-def compact(ids: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """The values that occur, sorted, and the place among them of each pixel, int32 [H, W]."""
+def compact(ids):
+    """The values that occur, a sorted list, and the place among them of each pixel, int32 [H, W]."""
     values = present(ids)
     place_of = np.zeros(values[-1] + 1, np.int32)
     place_of[values] = np.arange(len(values))
     return values, place_of[ids]
 
 
-def count_pairs(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def count_pairs(rows, columns, shape):
     """How many pixels have each pair of values: int64 of `shape`, from two maps of values below its sides."""
     pairs = rows.astype(np.int32) * shape[1] + columns
     return np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def label_image(file: Path) -> np.ndarray:
-    """int32 [H, W] of an 8- or 16-bit image of one channel."""
-    ids = _open(file, lambda opened: np.asarray(opened).astype(np.int32))
-    need(ids.ndim == 2, f"{file} has {ids.shape[-1]} channels: labels are images of one")
-    return ids
-
-
-def colour_ids(file: Path) -> np.ndarray:
-    """int32 [H, W], R + 256 G + 65536 B."""
-    red, green, blue = np.moveaxis(_open(file, lambda opened: np.asarray(opened.convert("RGB"), np.int32)), -1, 0)
-    return red + 256 * green + 65536 * blue
-
-
 # ------------------------------------------------------------------ pictures
-def list_pictures(folder: Path) -> list[str]:
+def list_pictures(folder):
     """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
     need(folder.is_dir(), f"there is no folder {folder}")
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    names = sorted(name for name in paths if "/." not in f"/{name}")
     need(names, f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     return names
 
 
-def _open(path: Path, read):
-    try:
-        # Pillow maps a file that it opens by name into memory, and then turns some TIFFs wrongly
-        with path.open("rb") as opened, Image.open(opened) as file:
-            return read(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # missing, foreign, cut short
-        reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path} cannot be read as a picture ({reason})") from None
-
-
-def read_image(path: Path, turn: bool = True) -> torch.Tensor:
+def read_image(path, turn=True):
     """uint8 [3, H, W], sRGB, as a viewer shows it: turned as its EXIF tag says, transparency on white.
 
-    Data sets ask for turn=False: their labels are in the pixels as they are stored. UserError names a file that is
-    missing, truncated or no picture. Colour profiles are ignored, as they are in the training of every encoder here.
+    Data sets ask for turn=False: their labels are in the pixels as stored. Colour profiles are ignored, as in the
+    training of every encoder here. UserError if the file is missing, truncated or no picture.
     """
-    return torch.from_numpy(_open(path, functools.partial(_rgb, turn=turn))).permute(2, 0, 1).contiguous()
+    # Pillow maps a file that it opens by name into memory, and then turns some TIFFs wrongly
+    with reading(path, "a picture"), path.open("rb") as opened, Image.open(opened) as file:
+        if file.mode in ("I", "F"):
+            raise ValueError("its numbers have more than 16 bits, which no screen shows")
+        if turn:
+            ImageOps.exif_transpose(file, in_place=True)
+        if file.mode.startswith("I;16"):  # convert() would cut all above 255
+            file = Image.fromarray((np.asarray(file) / 257 + 0.5).astype(np.uint8))
+        if file.has_transparency_data:
+            file = file.convert("RGBA")
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
+        pixels = np.array(file.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _rgb(file: Image.Image, turn: bool) -> np.ndarray:
-    if file.mode in ("I", "F"):
-        raise ValueError("its numbers have more than 16 bits, which no screen shows")
-    if turn:
-        ImageOps.exif_transpose(file, in_place=True)
-    if file.mode.startswith("I;16"):  # convert() would cut all above 255
-        grey = (np.asarray(file) / 257 + 0.5).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if file.has_transparency_data:
-        file = file.convert("RGBA")
-        file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
-    return np.array(file.convert("RGB"))
-
-
-def working_size(height: int, width: int, size: str, multiple: int = 32) -> tuple[int, int]:
+def working_size(height, width, size, multiple=32):
     """Height and width, multiples of 32, at which a picture enters the encoders.
 
-    size: "512x1024"; "512": that short side with the aspect kept; "800/1333": the same, the long side at most 1333;
-    "own": as it is.
+    size: "512x1024"; "512", that short side, the aspect kept; "800/1333", too, the long side at most 1333; "own".
     """
     if size == "own":
         size = f"{max(32, height)}x{max(32, width)}"
-    separator = "x" if "x" in size else "/"
-    try:
-        sides = [int(side) for side in size.split(separator)]
-    except ValueError:
-        sides = []
-    wrong = f"--size {size!r} is neither HEIGHTxWIDTH nor a short side, in pixels, at least 32"
-    need(len(sides) in (1, 2) and min(sides) >= 32, wrong)
-    if separator == "/":
+    sides = [int(side) for side in re.findall(r"\d+", size)]
+    fits = re.fullmatch(r"\d+([x/]\d+)?", size) and min(sides) >= 32
+    need(fits, f"--size {size!r} is neither HEIGHTxWIDTH nor a short side, in pixels, at least 32")
+    if "x" not in size:
         scale = sides[0] / min(height, width)
-        if len(sides) == 2:
+        if "/" in size:
             scale = min(scale, sides[1] / max(height, width))
         sides = [height * scale, width * scale]
     return tuple(max(multiple, round(side / multiple) * multiple) for side in sides)
 
 
-def resize_image(image: torch.Tensor, size: str) -> torch.Tensor:
+def resize_image(image, size):
     """uint8 [3, H, W] -> float32 [3, h, w] in [0, 1] at the working size, bilinear with antialiasing."""
     return TF.resize(image, working_size(*image.shape[1:], size), antialias=True).float() / 255

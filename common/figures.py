@@ -45,7 +45,7 @@ def draw_features(path, images, maps):
     columns = [(encoder, stride) for encoder, pictures in maps.items() for stride in pictures[0]]
     figure, axes = grid(images, 1 + len(columns), 2.2)
     for axis, image in zip(axes[:, 0], images, strict=True):
-        axis.imshow(image.permute(1, 2, 0))
+        axis.imshow(image.permute(1, 2, 0).numpy())
     axes[0, 0].set_title("picture")
     for column, (encoder, stride) in enumerate(columns, 1):
         coloured = principal_colours([picture[stride].float() for picture in maps[encoder]])
@@ -86,7 +86,7 @@ def draw_edges(path, rows):
         panels = [("picture, centreline of its edges", finest, torch.zeros_like(finest)), *drawings]
         for axis, (title, centreline, edges) in zip(line, panels, strict=True):
             zone = torch.where(centreline & (edges == 0), 4, edges).numpy()
-            axis.imshow(image.permute(1, 2, 0), alpha=0.4, extent=whole)
+            axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.4, extent=whole)
             axis.imshow(np.ma.masked_equal(zone, 0), extent=whole, **colours)
             axis.set_title(title)
     patches = [Patch(color=colour, label=zone) for zone, colour in zones.items()]
