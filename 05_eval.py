@@ -242,21 +242,6 @@ def headline(results, categories):
     return {name: numbers[name] for name in HEADLINE if name in numbers}
 
 
-def markdown(rows):
-    """A table whose columns line up on a screen as well; the first row is its head, numbers have one decimal."""
-
-    def text(cell):
-        if isinstance(cell, float):
-            return "-" if np.isnan(cell) else f"{cell:.1f}"
-        return "-" if cell is None else str(cell)
-
-    rows = [[text(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "".join(f"| {line} |\n" for line in lines)
-
-
 def report(samples, trained, entry):
     """What the model is, how it does, beside the paper's number, and class by class."""
     benchmark, steps = BENCHMARKS[trained["benchmark"]], trained["recipe"]["steps"]
@@ -266,16 +251,16 @@ def report(samples, trained, entry):
     title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in trained["weights"].items() if w == "none")
     where = f"{trained['benchmark']}, {entry['images']} of {len(samples)} images"
     where += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}"
-    scores = markdown([entry["scores"].keys(), entry["scores"].values()])
+    scores = run.table([list(entry["scores"]), [run.number(value) for value in entry["scores"].values()]])
     by_class = {m.removeprefix("m"): entry[MEASURES[m]]["per_class"] for m in benchmark.measures}
     names = dict.fromkeys(name for column in by_class.values() for name in column)
-    rows = [[name, *(column.get(name) for column in by_class.values())] for name in names]
-    return f"{title}\n\n{where}\n\n{scores}\n{markdown([['class', *by_class], *rows])}"
+    rows = [[name, *(run.number(column.get(name)) for column in by_class.values())] for name in names]
+    return f"{title}\n\n{where}\n\n{scores}\n{run.table([['class', *by_class], *rows])}"
 
 
 def compare(folders):
     """A row a run with its scores, then every benchmark beside the paper's number."""
-    table, best, shown = [], defaultdict(list), ("mIoU", "boundary_mIoU", "AP", "PQ")
+    rows, best, shown = [], defaultdict(list), ("mIoU", "boundary_mIoU", "AP", "PQ")
     for folder in folders:
         try:
             results = run.read_stage(folder, "results.json", "05_eval.py")
@@ -284,23 +269,22 @@ def compare(folders):
             pair, modes = [model["auxiliary"], str(model["stride"])], f"{model['master_mode']}/{model['aux_mode']}"
             if model["fusion"] == "none":
                 pair, modes = ["-", "-"], model["master_mode"]
-            what = [folder.resolve().name, benchmark, model["master"], *pair]
-            what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in what]
-            row = [*what, f"{model['fusion']} {modes}", model["steps"], *(scores.get(name) for name in shown)]
+            what = [folder.resolve().name, benchmark, model["master"], *pair, f"{model['fusion']} {modes}"]
+            what = [cell if len(cell) <= 13 else f"{cell[:12]}…" for cell in what]
+            row = [*what, str(model["steps"]), *(run.number(scores.get(name)) for name in shown)]
+            rows.append(((benchmark, model["stride"]), row))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             print(f"left out: {folder} holds no results.json of this version: run 05_eval.py --run {folder}")
             continue
-        table.append(row)
         best[benchmark].append(scores)
-    need(table, "none of these folders holds results: run 05_eval.py on them first")
+    need(rows, "none of these folders holds results: run 05_eval.py on them first")
     head = ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]
-    table.sort(key=lambda row: row[1])
+    table = [head, *(row for _, row in sorted(rows, key=lambda entry: entry[0]))]
     paper = [["benchmark", "score", "paper", "here, best"]]
     for name, benchmark in BENCHMARKS.items():
         here = [max((s[m] for s in best[name] if s.get(m) is not None), default=None) for m in benchmark.measures]
-        here = ", ".join("-" if score is None else f"{score:.1f}" for score in here)
-        paper.append([name, ", ".join(benchmark.measures), benchmark.paper, here])
-    return f"{markdown([head, *table])}\n{markdown(paper)}"
+        paper.append([name, ", ".join(benchmark.measures), benchmark.paper, ", ".join(map(run.number, here))])
+    return f"{run.table(table)}\n{run.table(paper)}"
 
 
 # ------------------------------------------------------------------ the stage
@@ -339,6 +323,7 @@ def draw_folder(model, trained, settings):
 def main():
     settings = run.parse(__doc__, Settings)
     folder, scored = settings.run, settings.limit or settings.save_predictions
+    need(not (settings.images and settings.compare), "--images and --compare are two things: give one")
     wrong = "--limit and --save-predictions go with an evaluation, not with --images or --compare"
     need(not (scored and (settings.images or settings.compare)), wrong)
     if settings.compare:

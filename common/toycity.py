@@ -3,10 +3,9 @@
 A scene is a small world in metres (X right, Y up, Z ahead, measured along the road) seen by a pinhole camera. It is
 painted near to far, each object only where nothing nearer stands, so an object of which too little would show is
 simply left out. Cars and trucks share palette, glass, wheels and surface, house walls and clothes the palette too:
-things are told apart by shape, not by colour. Shell: python -m common.toycity --data data --train 12 --val 4
+things are told apart by shape, not by colour.
 """
 
-import argparse
 import math
 import os
 import shutil
@@ -45,13 +44,6 @@ STREET = dict(
     wall=(0.3, 0.7, 0.5, 0.14), green=0.25, paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20),
     tall=(6, 17), trees=(9, 20), road=(5.2, 6.6), walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47),
     eye=(1.35, 1.75), centre=(0.38, 0.62), pavement=1.35, bonnet=0.2,
-)  # fmt: skip
-PRETRAIN = dict(
-    palette=colours("3c6e96 d29646 965082 509682 dccdbe 6e4632 646490 be5a5a 464b3c 96a0aa"), rough=0.85, leaf=3,
-    greens=colours("285a46 787828 5a4628 46785a"), pole=0.09, rows=6, people=26, asphalt=(60, 150),
-    wall=(0.25, 1.0, 0.12, 0.4), green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2,
-    front=(6, 11), tall=(4, 22), trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05),
-    horizon=(0.50, 0.58), eye=(2.0, 2.7), centre=(0.25, 0.75), pavement=1.15, bonnet=0.5,
 )  # fmt: skip
 
 
@@ -247,11 +239,11 @@ def paint_ground(canvas, s, rng, starts, tall):
     fill(canvas, where, rgb, np.where(paved, SIDEWALK, ROAD), z)
 
 
-def scene(split, index, seed=0):
+def scene(split, index, seed=0, style=STREET):
     """-> image uint8 [512, 1024, 3], label ids uint8 [512, 1024], instance ids int32 [512, 1024] (label id for stuff
     and void, label id * 1000 + number for things)."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    s = SimpleNamespace(**(PRETRAIN if split == "pretrain" else STREET))  # the scene: its style, then what is drawn
+    s = SimpleNamespace(**style)  # the scene: its style, then what is drawn
     for name in ("road", "walk", "focal", "horizon", "eye", "centre"):
         setattr(s, name, rng.uniform(*getattr(s, name)))
     s.x = s.road / 2 - 1.2 + rng.uniform(-0.4, 0.4)  # the camera's place in its lane
@@ -288,7 +280,7 @@ def scene(split, index, seed=0):
     return np.clip(image, 0, 255).astype(np.uint8), labels, instances
 
 
-def write(root, counts=COUNTS, seed=0, workers=2):
+def write(root, counts=COUNTS, style=STREET):
     """Write counts = {split: scenes} under `root`; nothing to do if it exists. All goes to a folder beside `root` that
     takes its name at the end: what is there is complete."""
     root = Path(root)
@@ -300,7 +292,7 @@ def write(root, counts=COUNTS, seed=0, workers=2):
         (partial / "gtFine" / split / "toycity").mkdir(parents=True)
 
     def write_scene(job):
-        image, labels, instances = scene(*job, seed)
+        image, labels, instances = scene(*job, style=style)
         stem = "{}/toycity/toycity_000000_{:06d}".format(*job)
         Image.fromarray(image).save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=0)  # faster
         Image.fromarray(labels).save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
@@ -309,18 +301,8 @@ def write(root, counts=COUNTS, seed=0, workers=2):
 
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     try:
-        with ThreadPoolExecutor(workers) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
+        with ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
             list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the embedded benchmark toycity, or a smaller or bigger one.")
-    parser.add_argument("--data", default="data", help="folder that gets a folder toycity")
-    for flag, default in {**dict.fromkeys(SPLITS, 0), **COUNTS, "seed": 0, "workers": 2}.items():
-        parser.add_argument(f"--{flag}", type=int, default=default, help="scenes" if flag in SPLITS else None)
-    args = parser.parse_args()
-    wanted = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
-    write(Path(args.data) / "toycity", wanted, args.seed, args.workers)

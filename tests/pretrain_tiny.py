@@ -26,6 +26,15 @@ from common.model import build_model  # noqa: E402
 
 stage4 = importlib.import_module("04_train")
 
+# Another kind of city than toycity.STREET: other colours, textures and geometry.
+PRETRAIN = dict(
+    palette=toycity.colours("3c6e96 d29646 965082 509682 dccdbe 6e4632 646490 be5a5a 464b3c 96a0aa"), leaf=3,
+    greens=toycity.colours("285a46 787828 5a4628 46785a"), rough=0.85, pole=0.09, rows=6, people=26, asphalt=(60, 150),
+    wall=(0.25, 1.0, 0.12, 0.4), green=0.4, paving=(2.0, 0.6, 0.5, 0.25), window=(0.38, 0.18), storey=4.2,
+    front=(6, 11), tall=(4, 22), trees=(14, 40), road=(6.8, 8.4), walk=(1.6, 2.4), focal=(0.85, 1.05),
+    horizon=(0.50, 0.58), eye=(2.0, 2.7), centre=(0.25, 0.75), pavement=1.15, bonnet=0.5,
+)  # fmt: skip
+
 
 class WithoutClasses(Dataset):
     """The same segments, all of one class."""
@@ -52,7 +61,7 @@ def main():
     args = parser.parse_args()
     folder = args.folder or Path("runs") / f"pretrain_{args.encoder}"
 
-    toycity.write(args.data / "pretrain/toycity", {"pretrain": args.scenes})
+    toycity.write(args.data / "pretrain/toycity", {"pretrain": args.scenes}, PRETRAIN)
     samples = Split(BENCHMARKS["toycity"], args.data / "pretrain", "toycity pretrain")
     class_names = [category.name for category in samples.categories]
     if args.encoder == "tiny_hiera":

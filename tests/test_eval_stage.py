@@ -118,7 +118,7 @@ def test_a_model_is_scored_on_its_own_benchmark_and_some_images_on_the_side(stag
     assert (tmp_path / "run/results.json").read_bytes() == whole
     assert "1 of 2 images" in (tmp_path / "run/results_limit1.md").read_text()
     assert (tmp_path / "run/predictions_limit1.png").is_file() and (tmp_path / "run/submission_limit1").is_dir()
-    with pytest.raises(UserError, match="urbansyn_to_cityscapes_instance needs .*--data"):
+    with pytest.raises(UserError, match="cityscapes is needed and not there: .*--data"):
         stage("05_eval", "--run", tmp_path / "run", "--data", tmp_path / "no")
     with pytest.raises(UserError, match="--images and --compare are two things"):
         stage("05_eval", "--images", tmp_path, "--compare", tmp_path / "run")
@@ -189,12 +189,12 @@ def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
                for stride, *rest, fusion in [*RUNS, (8, 50.0, "add")]]  # fmt: skip
     run.write_json(tmp_path / "other/results.json", {"semantic": {"mIoU": 1.0}})
     said = stage("05_eval", "--compare", *folders, tmp_path / "other", tmp_path / "nothing")
-    assert f"left out: {tmp_path}/other/results.json is of another version" in said
-    assert f"left out: {tmp_path}/nothing has no results.json" in said
+    for folder in ("other", "nothing"):
+        assert f"left out: {tmp_path}/{folder} holds no results.json of this version" in said
     rows = cells(said)
-    assert rows[0] == ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "AP"]
+    assert rows[0] == ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]
     assert [row[4] for row in rows[2:8]] == ["4", "-", "8", "8", "16", "32"]
-    assert ["none8_of_a…", "toycity", "a", "-", "-", "none ft", "9", "40.0", "-"] in rows
+    assert ["none8_of_a_l…", "toycity", "a", "-", "-", "none ft", "9", "40.0", "-", "-", "-"] in rows
     assert max(len(line) for line in said.splitlines() if line[:1] == "|") <= 120
     assert any(row[0] == "coco_panoptic" and "56.9" in row for row in rows)  # the paper's table, here alone
     assert any(row[0] == "toycity" and row[-1] == "50.0, -, -" for row in rows)

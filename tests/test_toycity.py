@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from pretrain_tiny import PRETRAIN
 
 from common import toycity
 from common.toycity import CAR, PERSON, TRUCK
@@ -22,7 +23,7 @@ def scenes():
 def small(monkeypatch):
     """Let `write` draw a cheap picture: what is tested is the writer."""
 
-    def scene(split, index, seed):
+    def scene(split, index, style):
         label = np.full((8, 16), index, np.uint8)
         return np.full((8, 16, 3), 7, np.uint8), label, label.astype(np.int32)
 
@@ -35,8 +36,8 @@ def test_same_scene_every_time(scenes):
 
 
 def test_scenes_differ_between_splits_seeds_and_indices(scenes):
-    others = [toycity.scene("val", 0), toycity.scene("pretrain", 0), toycity.scene("train", 0, seed=1), scenes[1]]
-    for image, labels, _ in others:
+    others = [toycity.scene("val", 0), toycity.scene("pretrain", 0, style=PRETRAIN), scenes[1]]
+    for image, labels, _ in [*others, toycity.scene("train", 0, seed=1)]:
         assert np.mean(image != scenes[0][0]) > 0.5
         assert np.mean(labels != scenes[0][1]) > 0.02
 
@@ -95,8 +96,8 @@ def test_colour_does_not_tell_car_from_truck(scenes):
 
 
 def test_written_files(tmp_path, scenes):
-    toycity.write(tmp_path / "a", {"train": 2, "val": 1}, workers=2)
-    toycity.write(tmp_path / "b", {"train": 1}, workers=1)
+    toycity.write(tmp_path / "a", {"train": 2, "val": 1})
+    toycity.write(tmp_path / "b", {"train": 1})
     stem = "train/toycity/toycity_000000_000000"
     names = [f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png"]
     names.append(f"gtFine/{stem}_gtFine_instanceIds.png")
@@ -113,15 +114,15 @@ def test_interrupted_writer_leaves_nothing_half_written(tmp_path, monkeypatch):
     small(monkeypatch)
     drawn, cheap = [], toycity.scene
 
-    def stopped(split, index, seed):
+    def stopped(split, index, style):
         drawn.append(index)
-        if len(drawn) == 3:
+        if index == 3:
             raise KeyboardInterrupt
-        return cheap(split, index, seed)
+        return cheap(split, index, style)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(toycity, "scene", stopped)
-        toycity.write(tmp_path / "toycity", {"train": 200}, workers=1)
+        toycity.write(tmp_path / "toycity", {"train": 200})
     assert not (tmp_path / "toycity").exists()
     assert len(drawn) < 200  # and it stopped
     toycity.write(tmp_path / "toycity", {"val": 2})
