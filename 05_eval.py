@@ -53,7 +53,7 @@ class Settings:
 
 MEASURES = {"mIoU": "semantic", "AP": "instance", "PQ": "panoptic"}
 # What a reader compares
-HEADLINE = ("mIoU", "mIoU_th", "boundary_mIoU", "AP", "AP50", "AP_without_building", "PQ", "PQ_th", "PQ_st")
+HEADLINE = ("mIoU", "mIoU_th", "boundary_mIoU", "AP", "AP50", "AP_things", "PQ", "PQ_th", "PQ_st")
 
 
 # ------------------------------------------------------------------ inference
@@ -132,9 +132,11 @@ def evaluate(model, samples, size, settings, indices, submission=None):
     thing_ids = {category.name: category.id for category in categories if category.isthing}
     scores = {
         "mIoU": SemanticScore([category.name for category in categories]),
-        "AP": CocoInstanceScore(samples.coco.file) if samples.coco else CityscapesInstanceScore(thing_ids),
+        "AP": CityscapesInstanceScore(thing_ids, samples.beside),
         "PQ": PanopticScore([category._asdict() for category in categories]),
     }
+    if samples.coco:
+        scores["AP"] = CocoInstanceScore(samples.coco.file)
     scores = {MEASURES[measure]: scores[measure] for measure in samples.measures}
     helpers = {"num_workers": settings.workers, "worker_init_fn": run.ignore_signals}
     loader = DataLoader(Subset(samples, indices), batch_size=None, **helpers)
@@ -236,9 +238,9 @@ def headline(results, categories):
     things = [category.name for category in categories if category.isthing]
     if "semantic" in results and 0 < len(things) < len(categories):
         numbers["mIoU_th"] = mean([results["semantic"]["per_class"][name] for name in things])
-    if categories == datasets.KITTI360_THINGS:  # it counts buildings, hardly anyone else does
-        others = results["instance"]["per_class"].items()
-        numbers["AP_without_building"] = mean([ap for name, ap in others if name != "building"])
+    if categories == datasets.KITTI360_THINGS:  # the paper's AP is Cityscapes' eight things'
+        per_class = results["instance"]["per_class"]
+        numbers["AP_things"] = mean([ap for name, ap in per_class.items() if name != "building"])
     return {name: numbers[name] for name in HEADLINE if name in numbers}
 
 
@@ -406,14 +408,16 @@ class SemanticScore:
 class CityscapesInstanceScore:
     """Cityscapes' instance AP by the rules of cityscapesScripts; with weights, KITTI-360's.
 
-    label_ids: {name: raw label id} of the classes that count, or a list of ids. Of the true instance ids, id*1000 + n
-    is an instance, the bare id of a class that counts a group, those of CITYSCAPES_VOID are void, all else background.
+    label_ids: {name: raw label id} of the classes that count, or a list of ids; beside: those not in the means.
+    Of the true instance ids, id*1000 + n is an instance, the bare id of a class that counts a group, those of
+    CITYSCAPES_VOID are void, all else background.
     """
 
     OVERLAPS = np.arange(0.5, 1.0, 0.05)
     SMALLEST = 100  # pixels; smaller instances are neither wanted nor wrong
 
-    def __init__(self, label_ids):
+    def __init__(self, label_ids, beside=()):
+        self.beside = beside
         self.ids = label_ids if isinstance(label_ids, dict) else {label: label for label in label_ids}
         self.wanted = Counter()  # {label id: instances that count}
         # {label id: for each image scores [P], and at each threshold [P, K]: is it right? does it count?}
@@ -462,6 +466,7 @@ class CityscapesInstanceScore:
                 for k, here in enumerate(counts.T):
                     row[k] = 100 * self.average_precision(scores[here], right[here, k], self.wanted[label])
         per_class = {name: float(row.mean()) for name, row in zip(self.ids, table, strict=True)}
+        table = table[[name not in self.beside for name in self.ids]]
         return {"AP": mean(table), "AP50": mean(table[:, 0]), "per_class": per_class}
 
     @staticmethod

@@ -209,6 +209,17 @@ def test_ids_may_stand_for_names_and_nothing_may_be_there():
     assert score.result()["AP50"] == pytest.approx(50)
 
 
+def test_a_class_beside_the_others_has_no_part_in_the_means():
+    score = stage5.CityscapesInstanceScore({"car": 26, "bus": 28}, beside=("bus",))
+    ids = torch.full((20, 20), 26000)
+    ids[:10] = 28000
+    found = ids[None] == 28000
+    score.update(found, torch.tensor([28]), torch.ones(1), ids)
+    result = score.result()
+    assert result["per_class"] == pytest.approx({"car": 0, "bus": 100})
+    assert result["AP"] == result["AP50"] == 0
+
+
 # ---------------------------------------------------------------------------------------------- semantic
 
 
