@@ -21,16 +21,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import figures, run
 from common.datasets import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
 from common.encoders import ENCODERS, load_encoder, weights_origin
-from common.run import CORES, DEVICES, UserError, flag, need, positive
+from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
 
 KINDS = ", ".join(ENCODERS)
 PACKAGES = ("torch", "torchvision", "timm", "sam2", "transformers", "numpy")
@@ -46,9 +47,9 @@ class Settings:
     weights: tuple[str, ...] = flag(("pretrained",), "pretrained, none or NAME=FILE", metavar="WHICH", nargs="+")
     limit: int | None = flag(None, "pictures, evenly spaced (default: 24 for toycity, else 200)", type=positive)
     size: str | None = flag(None, "HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: the benchmark's)")
-    seed: int = flag(0)
+    seed: int = flag(0, type=whole)
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside the main process", type=positive)
+    workers: int = flag(CORES, "helpers beside the main process", type=whole)
 
 
 def choose_weights(encoders, words):
@@ -78,29 +79,32 @@ def choose_pictures(settings):
     return root, run.evenly_spaced(names, settings.limit or few)
 
 
-def read_picture(name, root, size):
-    """A picture at its working size, (name, float32 [3, H, W] in [0, 1]), or (name, why it cannot be used)."""
+def read_picture(name, root, size, turn):
+    """(name, the picture at its working size, float32 [3, H, W] in [0, 1], or why it cannot be used, fingerprint)."""
     path = root / name
     try:
         is_text = name.encode(errors="ignore").decode() == name  # else it has bytes that are not UTF-8
         short = max(map(len, os.fsencode(name).split(b"/"))) <= 200
         need(is_text and short, f"{ascii(str(path))} has a name too long, or no text, for a feature file: rename it")
-        image = read_image(path)
+        image = read_image(path, turn)
         height, width = image.shape[1:]
         keeps = "x" in size or max(height, width) <= 16 * min(height, width)
         need(keeps, f"{path} is {height} x {width}, too long for its aspect to be kept: give --size HxW")
-        return name, resize_image(image, size)
+        return name, resize_image(image, size), run.fingerprint(path)
     except UserError as error:
-        return name, str(error)
+        return name, str(error), None
 
 
-def lacking(folder, encoder, names):
-    """The pictures without a whole feature file; damaged files are named on the screen."""
+def lacking(folder, encoder, root, names):
+    """The pictures without a whole feature file; those damaged, or of a picture since changed, are named."""
     todo = set()
     for name in names:
         path = run.feature_path(folder, encoder, name)
         try:
-            safe_open(path, "pt")  # compares the file's length with what its header promises
+            with safe_open(path, "np") as file:  # compares its length with what its header promises
+                if (file.metadata() or {}).get("picture") != run.fingerprint(root / name):
+                    print(f"{root / name} is not the picture that {path} was made from: extracting it again")
+                    todo.add(name)
         except (SafetensorError, OSError) as error:
             if path.is_file():
                 print(f"{path} is damaged ({error}): extracting it again")
@@ -150,15 +154,15 @@ def extract(encoders, todo, pictures, folder, device):
     """
     left_out, writing = {}, []
     with ThreadPoolExecutor(1) as writer:  # the encoders go on while files are written, a few pictures ahead at most
-        for name, image in tqdm(pictures, "extracting", unit="picture", disable=not len(pictures)):
+        for name, image, fingerprint in tqdm(pictures, "extracting", unit="picture", disable=not len(pictures)):
             if isinstance(image, str):
                 left_out[name] = image
                 tqdm.write(f"left out: {image}")
                 continue
             for encoder in (encoder for encoder in encoders if name in todo[encoder.name]):
                 native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
-                maps = {str(stride): feature[0].half().contiguous() for stride, feature in native.items()}
-                writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps))
+                maps = {str(stride): feature[0] for stride, feature in native.items()}
+                writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps, fingerprint))
             while len(writing) > 4 * len(encoders):
                 writing.pop(0).result()
         for written in writing:
@@ -166,17 +170,24 @@ def extract(encoders, todo, pictures, folder, device):
     return left_out
 
 
-def write(path, maps):
-    """On a GPU, fetching the maps waits for it: here, in the background. Nothing is computed here, as PyTorch would
-    start a second set of threads."""
+def write(path, maps, fingerprint):
+    """On a GPU, fetching the maps waits for it: here, in the background; with NumPy, as PyTorch would start threads of
+    its own for this one. A map beyond float16 stays in float32."""
+    arrays = {}
+    for stride, feature in maps.items():
+        exact = np.ascontiguousarray(feature.cpu().numpy())
+        with np.errstate(over="ignore"):
+            half = exact.astype(np.float16)
+        arrays[stride] = half if np.isfinite(half).all() else exact
     with run.whole_file(path) as temporary:
-        save_file({stride: feature.cpu() for stride, feature in maps.items()}, temporary)
+        save_file(arrays, temporary, {"picture": fingerprint})
 
 
 def report(folder, found, names):
     """A row for each map of the first picture, and three pictures' maps in colours."""
     shown = run.evenly_spaced(names, 3)
-    images = [resize_image(read_image(Path(found["root"]) / name), found["size"]) for name in shown]
+    turn = found["benchmark"] is None
+    images = [resize_image(read_image(Path(found["root"]) / name, turn), found["size"]) for name in shown]
     maps = {}  # {title: for each picture {stride: [C, h, w]}}
     rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
     for encoder in found["encoders"]:
@@ -203,7 +214,7 @@ def main():
     root, names = choose_pictures(settings)
     folder = settings.run or Path("runs") / (benchmark or root.resolve().name)
 
-    todo, encoders = {name: lacking(folder, name, names) for name in settings.encoders}, []
+    todo, encoders = {name: lacking(folder, name, root, names) for name in settings.encoders}, []
     for name in settings.encoders:
         if weights[name] == "none":
             print(f"WARNING: {name} has random weights; its maps say nothing about the trained model")
@@ -217,10 +228,10 @@ def main():
 
     missing = [name for name in names if any(name in of_one for of_one in todo.values())]
     print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(missing)} are still to be extracted")
-    read = {"collate_fn": partial(read_picture, root=root, size=size), "worker_init_fn": run.ignore_signals}
-    if missing and isinstance(first := read_picture(missing[0], root, size)[1], torch.Tensor):
+    read = partial(read_picture, root=root, size=size, turn=benchmark is None)  # labels lie on pictures as stored
+    if missing and isinstance(first := read(missing[0])[1], torch.Tensor):
         need_disk(folder, encoders, todo, first)
-    pictures = DataLoader(missing, batch_size=None, num_workers=settings.workers, **read)
+    pictures = DataLoader(missing, None, collate_fn=read, **run.helpers(settings.workers))
     left_out = extract(encoders, todo, pictures, folder, settings.device)
     usable = [name for name in names if name not in left_out]
     need(usable, f"none of the {len(names)} pictures of {root} can be used")

@@ -27,7 +27,7 @@ from common import run
 from common.datasets import read_image, resize_image
 from common.encoders import STRIDES, pyramid
 from common.figures import draw_edges, draw_profiles
-from common.run import CORES, DEVICES, flag, need, positive
+from common.run import CORES, DEVICES, flag, need, positive, whole
 
 CONTROLS = ("noise", "image", "shifted")
 SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "EF_CC")
@@ -52,7 +52,7 @@ class Settings:
     run: Path = flag(Path("runs/toycity"), "run folder")
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "images at a time, a core for each", type=positive)
-    seed: int | None = flag(None, "seed of sampling, noise and bootstrap (default: the run's)")
+    seed: int | None = flag(None, "seed of sampling, noise and bootstrap (default: the run's)", type=whole)
 
 
 # ------------------------------------------------------------------ structural coherence (SC)
@@ -295,6 +295,10 @@ def print_profiles(metrics):
     print(f"means over {metrics['images']} images; {', '.join(CONTROLS)} are controls, no encoder")
     for encoder in metrics["random_weights"]:
         print(f"WARNING: {encoder} has RANDOM weights: its numbers say nothing about the trained one")
+    for encoder, counts in metrics["degenerate"].items():
+        for stride, count in counts.items():
+            if count:
+                print(f"WARNING: {count} maps of {encoder} at OS {stride} are constant or not finite, and score 0")
 
 
 # ------------------------------------------------------------------ k-means, in batches
@@ -387,10 +391,11 @@ def finished_run(folder):
 
 def read_maps(settings, found, name):
     """An image [1,3,H,W] in [0,1], and {encoder: pyramid {stride: [1,C,H/stride,W/stride]}} of it."""
-    image = resize_image(read_image(Path(found["root"]) / name), found["size"])[None]
+    turn = found["benchmark"] is None  # a benchmark's labels lie on its pictures as stored
+    image = resize_image(read_image(Path(found["root"]) / name, turn), found["size"])[None]
     maps = {}
     for encoder in found["encoders"]:
-        native = run.read_features(settings.run, encoder, name)  # {stride: float16 [C,h,w]}
+        native = run.read_features(settings.run, encoder, name, found["root"])  # {stride: [C,h,w]}
         native = {stride: feature[None].to(settings.device).float() for stride, feature in native.items()}
         maps[encoder] = pyramid(native, image.shape[2:])
     return image.to(settings.device), maps
@@ -461,6 +466,11 @@ def main():
     random_weights = [encoder for encoder in found["encoders"] if found["weights"][encoder] == "none"]
     metrics = {"benchmark": found["benchmark"], "encoders": found["encoders"], "controls": list(CONTROLS)}
     metrics |= {"strides": list(STRIDES), "images": len(names), "random_weights": random_weights}
+    flat = (values[:, : len(found["encoders"])] == 0).all(3).sum(0)  # [encoder, stride]
+    metrics["degenerate"] = {
+        encoder: {str(stride): int(count) for stride, count in zip(STRIDES, counts, strict=True)}
+        for encoder, counts in zip(found["encoders"], flat, strict=True)
+    }
     metrics["scores"] = summarise(values, sources, settings.seed)
     run.write_json(folder / "metrics.json", metrics)
     draw_profiles(folder / "metrics.png", metrics)

@@ -21,7 +21,7 @@ import numpy as np
 
 from common import run
 from common.figures import draw_profiles
-from common.run import RESAMPLES, UserError, flag, need
+from common.run import RESAMPLES, UserError, flag, need, whole
 
 CLEAR = 0.975  # the share of resamples in which an EF must exceed the noise control's
 FEW_IMAGES = 10  # resamples of fewer say little about other pictures
@@ -36,7 +36,7 @@ class Settings:
     master: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
     auxiliary: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
     stride: int | None = flag(None, "by hand, not by score", choices=(4, 8, 16, 32))
-    seed: int = flag(0, "seed of the bootstrap")
+    seed: int = flag(0, "seed of the bootstrap", type=whole)
 
 
 # ------------------------------------------------------------------ the rule
@@ -113,6 +113,10 @@ def what_speaks_against(settings, metrics, choice, ef):
             f"{what} does not clear that of white noise, "
             f"{noise[0]:.2f}: it is higher in {clears:.1%} of the resamples, and {CLEAR:.1%} are asked for"
         )
+    for name, counts in metrics["degenerate"].items():
+        if any(counts.values()):
+            many = f"of {metrics['images']} maps at each stride {list(counts.values())} of {name}"
+            warnings.append(f"{many} are constant or not finite, and score 0")
     for encoder in metrics["random_weights"]:
         warnings.append(f"{encoder} has RANDOM weights (--weights none): its scores say nothing about the trained one")
     if metrics["images"] < FEW_IMAGES:

@@ -32,11 +32,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 from common import figures, run
 from common.datasets import BENCHMARKS, open_split, working_size
 from common.encoders import weights_origin
 from common.model import LOSS_WEIGHTS, PADDING, build_model
-from common.run import CORES, DEVICES, UserError, flag, need, positive
+from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
 
 # torchrun starts WORLD processes, of which this one is number RANK; without it there is one.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -57,9 +62,9 @@ class Settings:
     master_mode: str = flag("ft", "fine-tuned or frozen", choices=("ft", "fz"))
     aux_mode: str = flag("fz", "fine-tuned or frozen", choices=("ft", "fz"))
     accumulate: int = flag(1, "micro-batches of a step, one after the other", type=positive)
-    seed: int | None = flag(None, "(default: as in stage 1)")
+    seed: int | None = flag(None, "(default: as in stage 1)", type=whole)
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside each process", type=positive)
+    workers: int = flag(CORES, "helpers beside each process", type=whole)
 
 
 def crop_size(text):
@@ -183,7 +188,8 @@ def augment(sample, recipe, rng):
     scale = rng.uniform(*recipe.resize) / (min if recipe.resized_side == "short" else max)(height, width)
     scale = min(scale, recipe.longest / max(height, width))
     # The crop is cut from the original and then scaled, which spares scaling what is cut away.
-    box_height, box_width = min(height, round(crop_height / scale)), min(width, round(crop_width / scale))
+    box_height, box_width = (max(1, round(side / scale)) for side in recipe.crop)
+    box_height, box_width = min(height, box_height), min(width, box_width)
     size = (min(crop_height, max(1, round(height * scale))), min(crop_width, max(1, round(width * scale))))
     top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
     box = (top, left, box_height, box_width)
@@ -236,7 +242,7 @@ def load_micro_batches(samples, training, settings, first):
     parts = range(RANK * accumulate, (RANK + 1) * accumulate)
     starts = (step * recipe.batch + part * size for step in range(first, recipe.steps) for part in parts)
     places = (range(start, start + size) for start in starts)
-    helpers = {"num_workers": settings.workers, "worker_init_fn": run.ignore_signals, "pin_memory": device == "cuda"}
+    helpers = run.helpers(settings.workers) | {"pin_memory": device == "cuda"}
     stream = TrainCrops(samples, recipe, training.seed)
     for crops in DataLoader(stream, batch_sampler=places, collate_fn=list, **helpers):
         images = torch.stack([crop["image"].to(device, non_blocking=True) for crop in crops])
@@ -350,8 +356,14 @@ def train(model, samples, training, settings, folder, checkpoint=None):
 def open_log(folder, first):
     """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a" if first else "w", buffering=1)  # noqa: SIM115
-    if not first:
+    log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
+    if fcntl and RANK == 0:
+        try:  # held until this process ends, in whichever way
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is writing to {folder}: wait for it, or give another --out") from None
+    if not first and RANK == 0:
+        log.truncate(0)
         print(*LOG, sep=",", file=log)
     return log
 
@@ -374,7 +386,10 @@ def save_checkpoint(folder, model, optimiser, step, training):
         for left in folder.glob(".checkpoint.pt.*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
         with run.whole_file(folder / "checkpoint.pt") as temporary:
-            torch.save(content, temporary)
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:  # torch's word for a full disk is "unexpected pos"
+                raise UserError(f"no checkpoint could be written to {folder}, is the disk full? ({error})") from None
 
 
 def load_checkpoint(folder, training):
@@ -383,7 +398,7 @@ def load_checkpoint(folder, training):
     if not path.is_file():
         return None
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        checkpoint = run.read_checkpoint(path)
         step, settings = checkpoint["step"], checkpoint["settings"]
     except Exception as error:  # torch raises many types for a damaged file
         raise UserError(f"{path} cannot be read ({type(error).__name__}): move it away to start anew") from None

@@ -14,6 +14,7 @@ Reads run.json and checkpoint.pt. Writes results.json, results.md and prediction
 
 import contextlib
 import io
+import json
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from common import datasets, figures, run
 from common.datasets import BENCHMARKS, compact, count_pairs, working_size
 from common.model import PADDING, build_model
-from common.run import CORES, DEVICES, UserError, flag, need, positive
+from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
 
 
 # ------------------------------------------------------------------ settings
@@ -48,7 +49,7 @@ class Settings:
     images: Path | None = flag(None, "draw predictions on a folder of pictures instead", metavar="FOLDER")
     compare: tuple[Path, ...] = flag((), "table the results of several runs instead", metavar="RUN", nargs="+")
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside the main process", type=positive)
+    workers: int = flag(CORES, "helpers beside the main process", type=whole)
 
 
 MEASURES = {"mIoU": "semantic", "AP": "instance", "PQ": "panoptic"}
@@ -138,8 +139,7 @@ def evaluate(model, samples, size, settings, indices, submission=None):
     if samples.coco:
         scores["AP"] = CocoInstanceScore(samples.coco.file)
     scores = {MEASURES[measure]: scores[measure] for measure in samples.measures}
-    helpers = {"num_workers": settings.workers, "worker_init_fn": run.ignore_signals}
-    loader = DataLoader(Subset(samples, indices), batch_size=None, **helpers)
+    loader = DataLoader(Subset(samples, indices), batch_size=None, **run.helpers(settings.workers))
     model.to(settings.device).eval()
     for sample in tqdm(loader, "evaluating", unit="image"):
         predicted = predict(model, sample["image"], size, settings.device)
@@ -295,7 +295,7 @@ def load_trained(folder):
     path, again = folder / "checkpoint.pt", f"run `{run.command('04_train.py', folder)}`"
     need(path.is_file(), f"{path} is missing: {again} first")
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        checkpoint = run.read_checkpoint(path)
         trained, step = checkpoint["settings"], checkpoint["step"]
         if step < trained["recipe"]["steps"]:
             print(f"WARNING: {path} holds step {step} of {trained['recipe']['steps']}: training is not finished")
@@ -484,8 +484,19 @@ class CocoInstanceScore:
     """COCO's mask AP by pycocotools. annotations: path of a COCO instances JSON."""
 
     def __init__(self, annotations):
-        self.annotations = annotations
         self.image_ids, self.detections = [], []  # the latter as COCO's results JSON has them
+        self.truth = COCO()
+        content = json.loads(Path(annotations).read_text("utf-8-sig"))
+        sizes, entries = {image["id"]: (image["height"], image["width"]) for image in content["images"]}, []
+        for entry in content["annotations"]:
+            with datasets.reading(annotations, f"a mask of image {entry['image_id']}"):
+                code = datasets.encode_mask(entry["segmentation"], sizes[entry["image_id"]])
+            if code:  # numbered anew: to pycocotools an id of 0 is no match, and of two alike it keeps one
+                given = {"iscrowd": 0, "area": float(rle.area(code))} | entry
+                entries.append(given | {"id": len(entries) + 1, "segmentation": code})
+        self.truth.dataset = content | {"annotations": entries}
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.truth.createIndex()
 
     def update(self, image_id, masks, category_ids, scores):
         """masks bool [N, H, W], category_ids int64 [N] as in the annotations, scores float [N]."""
@@ -500,9 +511,8 @@ class CocoInstanceScore:
     def result(self):
         """AP, AP50, AP75, APs, APm, APl and per_class (by name) in percent; NaN where there is no truth."""
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(self.annotations))
-            found = truth.loadRes(self.detections) if self.detections else COCO()
-            evaluation = COCOeval(truth, found, "segm")
+            found = self.truth.loadRes(self.detections) if self.detections else COCO()
+            evaluation = COCOeval(self.truth, found, "segm")
             evaluation.params.imgIds = sorted(self.image_ids)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -510,7 +520,7 @@ class CocoInstanceScore:
         percent = np.where(evaluation.stats[:6] > -1, 100 * evaluation.stats[:6], np.nan).tolist()
         precision = evaluation.eval["precision"][..., 0, -1]  # [IoU, recall, class] for all sizes, 100 detections
         precision = np.where(precision > -1, 100 * precision, np.nan)
-        names = [truth.cats[category]["name"] for category in evaluation.params.catIds]
+        names = [self.truth.cats[category]["name"] for category in evaluation.params.catIds]
         per_class = {name: mean(precision[..., i]) for i, name in enumerate(names)}
         return dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), percent, strict=True), per_class=per_class)
 

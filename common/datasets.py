@@ -12,12 +12,15 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 
 import contextlib
 import json
+import math
+import os
 import pickle
 import re
 from array import array
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -148,18 +151,41 @@ def read_coco_instances(files, size, annotations):
     expected, masks, name = annotations
     need(size == expected, f"{name} is {size}, its annotations in {files[0]} are for {expected}")
     rles, class_of = [], {}
-    with reading(files[0], f"masks of {name}"):
-        for category, crowd, mask in masks:
-            if isinstance(mask, list):  # polygons; fewer than three corners enclose nothing
-                polygons = [polygon for polygon in mask if len(polygon) >= 6]
-                mask = rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
-            elif isinstance(mask["counts"], list):
-                mask = rle.frPyObjects(mask, *size)
-            if mask:
-                need(tuple(mask["size"]) == size, f"{files[0]}: a mask of {name}, {size}, is {mask['size']}")
+    for number, (category, crowd, mask) in enumerate(masks, 1):
+        with reading(files[0], f"mask {number} of {name}"):
+            if mask := encode_mask(mask, size):
                 class_of[len(rles)] = category, crowd
                 rles.append(mask)
     return Labels(rles, class_of)
+
+
+def encode_mask(mask, size):
+    """COCO's "segmentation", polygons or run lengths, as a checked run-length code; None if it encloses nothing.
+
+    pycocotools would read beyond its memory, or never end, where run lengths do not add up to the picture.
+    """
+    if isinstance(mask, list):
+        polygons = [polygon for polygon in mask if len(polygon) >= 6]  # fewer than three corners enclose nothing
+        if not all(math.isfinite(side) for polygon in polygons for side in polygon):
+            raise ValueError("a corner is not a finite number")
+        return rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
+    counts = mask["counts"] if isinstance(mask["counts"], list) else run_lengths(mask["counts"])
+    if tuple(mask["size"]) != size or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        raise ValueError(f"its size is {mask['size']} and it holds {sum(counts)} pixels, the picture is {size}")
+    return rle.frPyObjects(mask | {"counts": counts}, *size)
+
+
+def run_lengths(text):
+    """The run lengths in a compressed code of COCO: five bits a letter, and from the third on, differences."""
+    counts, value, shift = [], 0, 0
+    for letter in text.encode() if isinstance(text, str) else text:
+        value |= (letter - 48 & 31) << shift
+        shift += 5
+        if not letter - 48 & 32:  # the last letter of a number
+            value -= (letter - 48 & 16) << shift - 4  # its sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 # What readers return. ids: int32 [H, W]; class_of: {id: (the data set's label, is it a crowd?)}
@@ -271,7 +297,7 @@ def list_files(root, split, templates):
     """Yield for each image the paths below root of the picture and of its labels. KITTI-360 has a table of pictures."""
     pattern = templates[0].replace("{split}", split)
     glob = re.sub(r"{\w+}", "*", pattern)
-    names = [path.relative_to(root).as_posix() for path in root.glob(glob)]
+    names = [path.relative_to(root).as_posix() for path in root.glob(glob) if path.name[0] != "."]
     if "{drive}" in pattern:
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
         with reading(table, "lines of a picture's path and its label's"):
@@ -295,9 +321,16 @@ class CocoIndex:
         self.bytes, self.ends = bytearray(), array("q", [0])
         of_image = defaultdict(list)
         with reading(self.file, f"COCO's {kind} JSON"):
-            content = json.loads(self.file.read_text("utf-8"))
+            content = json.loads(self.file.read_text("utf-8-sig"))
             images = sorted(content["images"], key=lambda image: image["file_name"])
             self.image_ids = [image["id"] for image in images]
+            need(images, f"{self.file} lists no image")
+            for one, other in pairwise(sorted(images, key=lambda image: image["id"])):
+                two = f"{self.file} lists two images of the id {one['id']}: {one['file_name']}, {other['file_name']}"
+                need(one["id"] != other["id"], two)
+            for one, other in pairwise(images):
+                two = f"{self.file} lists {one['file_name']} twice, with the ids {one['id']} and {other['id']}"
+                need(one["file_name"] != other["file_name"], two)
             self.files = [[Path(split, image["file_name"]).as_posix(), f"{where}.json"] for image in images]
             categories = [(c["id"], c["name"], bool(c.get("isthing", True))) for c in content["categories"]]
             self.categories = [Category(*category) for category in categories]
@@ -309,9 +342,9 @@ class CocoIndex:
                     need(len(annotations) == 1, f"{self.file}: expected one annotation for each image")
                     files[1] = f"{where}/{annotations[0]['file_name']}"
                     segments = annotations[0]["segments_info"]
-                    entry = {s["id"]: (s["category_id"], bool(s["iscrowd"])) for s in segments}
+                    entry = {s["id"]: (s["category_id"], bool(s.get("iscrowd"))) for s in segments}
                 else:  # the image's size, [(category id, is it a crowd?, mask)], and its name
-                    masks = [(a["category_id"], bool(a["iscrowd"]), a["segmentation"]) for a in annotations]
+                    masks = [(a["category_id"], bool(a.get("iscrowd")), a["segmentation"]) for a in annotations]
                     entry = (image["height"], image["width"]), masks, files[0]
                 self.bytes += pickle.dumps(entry)
                 self.ends.append(len(self.bytes))
@@ -370,10 +403,18 @@ def count_pairs(rows, columns, shape):
 def list_pictures(folder):
     """Paths of all pictures below a folder but hidden ones, relative to it, sorted. UserError if there is none."""
     need(folder.is_dir(), f"there is no folder {folder}")
-    paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    names = sorted(name for name in paths if "/." not in f"/{name}")
+    names, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        # Each folder once, so that links do not lead in circles; a run's own pictures are not read.
+        if os.path.realpath(place) in seen or "run.json" in files:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(place, name) for name in files if not name.startswith("."))
+        names += [path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in PICTURES]
     need(names, f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
-    return names
+    return sorted(names)
 
 
 def read_image(path, turn=True):

@@ -7,9 +7,12 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import typing
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +46,30 @@ def start(main):
         sys.exit(main())
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        advice = "give fewer --workers (0: none), or more memory; the same command goes on from here"
+        sys.exit(f"error: a helper process ended or hangs ({str(error).splitlines()[0]}): {advice}")
     except KeyboardInterrupt:
         print("\ninterrupted; what is written is whole, and the same command takes it up again", file=sys.stderr)
         sys.exit(130)
 
 
+def helpers(workers):
+    """DataLoader's arguments for its helper processes; UserError if they lack the memory that they hand data on in.
+
+    It would wait for ever for what a helper could not hand on, and so does a helper that was killed: at most for 600 s.
+    """
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
+    advice = "give fewer --workers (0: none), or the container more of it (docker run --shm-size 8g)"
+    need(free >= workers * 2**27, f"{shared} has {free / 2**20:.0f} MB free, a helper may need 128: {advice}")
+    return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": 600 if workers else 0}
+
+
 def ignore_signals(worker):
-    """For DataLoader's worker_init_fn: Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
+    """Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end
@@ -82,6 +102,13 @@ def parse(description, block, changes=None):
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
     settings = block(**{field.name: given.pop(field.name) for field in own if field.name in given})
     return (settings, given) if changes else settings
+
+
+def whole(text):
+    """For argparse: a whole number, as seeds are."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def positive(text):
@@ -162,22 +189,41 @@ def feature_path(folder, encoder, image):
     return folder / "features" / encoder / f"{image}.safetensors"
 
 
-def read_features(folder, encoder, image):
-    """One image's native maps, {stride: float16 [C,h,w]}; UserError if the file is missing or cut short."""
-    path = feature_path(folder, encoder, image)
+def fingerprint(path):
+    """Of a file's content."""
+    return f"{zlib.crc32(path.read_bytes()):08x}"
+
+
+def read_features(folder, encoder, image, root):
+    """One image's native maps, {stride: float16 or float32 [C,h,w]}.
+
+    UserError if the file is missing, cut short, or not of the picture root / image as it is now.
+    """
+    path, problem = feature_path(folder, encoder, image), None
     try:
         with safe_open(path, "pt") as file:
-            return {stride: file.get_tensor(str(stride)) for stride in sorted(map(int, file.keys()))}
+            maps = {stride: file.get_tensor(str(stride)) for stride in sorted(map(int, file.keys()))}
+            if (file.metadata() or {}).get("picture") != fingerprint(Path(root) / image):
+                problem = f"of another picture than {image} is now"
     except Exception as error:  # safetensors raises its own types, OSError and ValueError alike
         problem = f"damaged ({error})" if path.is_file() else "missing"
-        again = command("01_extract.py", folder)
-        raise UserError(f"feature file {path} is {problem}: run `{again}` again, it makes what is missing") from None
+    need(not problem, f"feature file {path} is {problem}: run `{command('01_extract.py', folder)}` again")
+    return maps
 
 
 def evenly_spaced(items, count):
     """At most `count` of a sequence's items, from the first on."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def read_checkpoint(path):
+    """What torch.save wrote, tensors and plain types alone; torch itself does not look at the file's checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, "cpu", weights_only=True)
 
 
 def bootstrap(images, seed):
