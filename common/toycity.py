@@ -7,8 +7,7 @@ things are told apart by shape, not by colour.
 """
 
 import math
-import os
-import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,14 +78,15 @@ def disc(x, y, rx, ry, corners=10):
 def solid(profile, half, rgb, glazed=False):
     """A convex prism: profile [(z, y)], clockwise, swept from x = -half to half -> faces [(corners [n, 3], rgb)]."""
     left, right = (np.array([(x, y, z) for z, y in profile]) for x in (-half, half))
-    faces, panes = [(left[::-1], rgb), (right, rgb)], [left[::-1], right]
+    faces = [(left[::-1], rgb), (right, rgb)]
     for i, (_, dy, dz) in enumerate(left - np.roll(left, 1, 0)):
+        light = 1 + 0.2 * (dz / math.hypot(dy, dz))  # comes from above
         face = np.array([left[i - 1], left[i], right[i], right[i - 1]])
-        up = dz / math.hypot(dy, dz)
-        faces.append((face, [c * (1 + 0.2 * up) for c in rgb]))  # light comes from above
-        if abs(up) < 0.95:  # windows all round, none in roof and floor
-            panes.append(face)
-    return faces + [(p.mean(0) + (p - p.mean(0)) * (0.84, 0.74, 0.84), GLASS) for p in panes if glazed]
+        faces.append((face, [c * light for c in rgb]))
+    if glazed:  # windows all round, none in roof and floor
+        walls = [corners for corners, _ in faces if np.ptp(corners[:, 1]) > 0.1]
+        faces += [(wall.mean(0) + (wall - wall.mean(0)) * (0.84, 0.74, 0.84), GLASS) for wall in walls]
+    return faces
 
 
 def vehicle(label, rng, rgb, away):
@@ -151,9 +151,8 @@ def objects(rng, s):
     """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]."""
     found = []
     lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, the camera's, parked
-    # in this row one vehicle shows its side, at times far away, and none stands beside it
+    # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
     crossing = int(rng.integers(1, s.rows + 2))
-    # the near road stays free
     slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows) if row != crossing]
     labels = rng.permutation([CAR] * rng.integers(3, 7) + [TRUCK] * rng.integers(1, 4)).tolist()
     for label, (lane, row) in zip(labels, [(1, crossing), *rng.permutation(slots).tolist()], strict=False):
@@ -188,8 +187,8 @@ def paint(s, z, x, label, yaw, faces):
     for corners, rgb in faces:
         world = corners @ turn + (x, 0, z)
         seen = project(world, s)
-        (x0, y0), (x1, y1), (x2, y2) = seen[:3].tolist()
-        if label not in (CAR, TRUCK) or (x1 - x0) * (y2 - y0) > (x2 - x0) * (y1 - y0):  # faces that look away run back
+        (ax, ay), (bx, by) = seen[1:3] - seen[0]
+        if label not in (CAR, TRUCK) or ax * by > bx * ay:  # the corners of faces that look away run backwards
             ImageDraw.Draw(tile).polygon(seen.ravel().tolist(), fill=(*map(int, rgb), 255))
             ImageDraw.Draw(s.shadow).polygon(project(world @ fall, s).ravel().tolist(), fill=1)
     left, top, right, bottom = tile.getbbox() or (0, 0, 0, 0)
@@ -261,8 +260,7 @@ def scene(split, index, seed=0, style=STREET):
     _, high, low, white, gain, sun, s.dark_windows = WEATHER[rng.choice(3, p=[row[0] for row in WEATHER])]
     sunny_side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)
     s.sweep = -sunny_side * sun  # the side to which shadows fall, 0 without sun
-    # the shadow of one metre of height
-    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)
+    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)  # the shadow of a metre of height
     s.texture, s.grain = noise(rng, 512, 512, 32, s.rough), 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
     s.shadow = Image.new("1", (W, H))
     s.image, s.depth = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.float32)
@@ -298,23 +296,21 @@ def write(root, counts=COUNTS, style=STREET):
     root = Path(root)
     if root.exists():
         return
-    partial = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent)
+    partial = Path(scratch.name) / root.name
     for split in counts:
         (partial / "leftImg8bit" / split / "toycity").mkdir(parents=True)
         (partial / "gtFine" / split / "toycity").mkdir(parents=True)
 
     def write_scene(job):
-        image, labels, instances = scene(*job, style=style)
+        image, labels, instances = map(Image.fromarray, scene(*job, style=style))
         stem = "{}/toycity/toycity_000000_{:06d}".format(*job)
-        Image.fromarray(image).save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=0)  # faster
-        Image.fromarray(labels).save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
-        instances = Image.fromarray(instances.astype(np.uint16))
-        instances.save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
+        image.save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=0)  # faster
+        labels.save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
+        instances.convert("I;16").save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
 
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
-    try:
-        with ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
-            list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
+    with scratch, ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
+        list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
         partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
