@@ -1,9 +1,8 @@
-"""toycity, the embedded benchmark: procedural street scenes with pixel-exact labels, written in Cityscapes layout.
+"""toycity, the embedded benchmark: procedural street scenes with pixel-exact labels, in Cityscapes layout.
 
-A scene is a small world in metres (X right, Y up, Z ahead, measured along the road) seen by a pinhole camera. It is
-painted near to far, each object only where nothing nearer stands, so an object of which too little would show is
-simply left out. Cars and trucks share palette, glass, wheels and surface, house walls and clothes the palette too:
-things are told apart by shape, not by colour.
+A scene is a small world in metres (X right, Y up, Z ahead along the road) seen by a pinhole camera. It is painted near
+to far, each object only where nothing nearer stands, so one of which too little would show is simply left out. Cars
+and trucks share palette, glass, wheels and surface: things are told apart by shape, not by colour.
 """
 
 import math
@@ -50,7 +49,8 @@ def noise(rng, height, width, cell, rough):
     """Fractal noise [height, width] in [0, 1]: random grids of `cell` pixels and finer, each weaker by `rough`."""
     total = np.zeros((height, width), np.float32)
     for octave in range(5):
-        grid = rng.integers(0, 256, (1 + (height << octave) // cell, 1 + (width << octave) // cell), dtype=np.uint8)
+        rows, columns = 1 + (height << octave) // cell, 1 + (width << octave) // cell
+        grid = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
         # Pillow resizes 8-bit images in integers: the same result on every machine
         layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR)
         total += np.asarray(layer, np.float32) * rough**octave
@@ -90,9 +90,10 @@ def solid(profile, half, rgb, glazed=False):
 
 
 def vehicle(label, rng, rgb, away):
-    """Faces of a car (low body, cabin with windows) or a truck (cab and tall box), farther parts first."""
+    """Faces of a car (body and cabin) or a truck (cab and tall box), farther parts first."""
     if label == CAR:
-        rear, front, half, roof, back = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7), rng.uniform(0.9, 2.0)
+        rear, front, half, roof = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7)
+        back = rng.uniform(0.9, 2.0)
         body = solid([(rear, 0.3), (rear, 0.85), (1.1, 0.92), (2.1, 0.72), (front, 0.3)], half, rgb)
         body += solid([(-back, 0.88), (0.3 - back, roof), (0.4, roof), (1.15, 0.9)], 0.82, rgb, glazed=True)
     else:
@@ -121,19 +122,21 @@ def person(rng, palette):
     shirt, sleeve, trousers = (palette[i] for i in rng.integers(len(palette), size=3))
     step, size, parts = rng.uniform(-0.3, 0.3), rng.uniform(0.75, 1.08), []
     for x in (step, -step):
-        parts.append(([(-0.12, 0.9), (x - 0.07, 0), (x + 0.14, 0), (0.13, 0.9)], trousers))
-        parts.append(([(-0.16, 1.45), (-0.9 * x - 0.3, 0.85), (-0.9 * x - 0.15, 0.82), (0, 1.4)], sleeve))
-    parts.append(([(-0.25, 1.46), (-0.2, 0.8), (0.2, 0.8), (0.25, 1.46), (0.1, 1.54), (-0.1, 1.54)], shirt))
-    parts += [(disc(0, 1.66, 0.11, 0.14), SKIN[rng.integers(4)]), (disc(0, 1.73, 0.12, 0.09), TYRE)]
-    return upright(parts, size)
+        leg = [(-0.12, 0.9), (x - 0.07, 0), (x + 0.14, 0), (0.13, 0.9)]
+        arm = [(-0.16, 1.45), (-0.9 * x - 0.3, 0.85), (-0.9 * x - 0.15, 0.82), (0, 1.4)]
+        parts += [(leg, trousers), (arm, sleeve)]
+    body = [(-0.25, 1.46), (-0.2, 0.8), (0.2, 0.8), (0.25, 1.46), (0.1, 1.54), (-0.1, 1.54)]
+    head, hair = disc(0, 1.66, 0.11, 0.14), disc(0, 1.73, 0.12, 0.09)
+    return upright([*parts, (body, shirt), (head, SKIN[rng.integers(4)]), (hair, TYRE)], size)
 
 
 def tree(rng, green, leaf):
-    """Faces of a trunk and of a crown of leaf clusters, the rear ones darker; both count as vegetation."""
+    """Faces of a trunk and of a crown of leaf clusters, the rear ones darker."""
     wide, crown = rng.uniform(1.1, 2.0), rng.uniform(3.6, 5.2)
     parts = [([(-0.16, 0), (0.16, 0), (0.1, crown), (-0.1, crown)], BARK)]
     for i in range(80):
-        turn, far, size = rng.uniform(0, 2 * math.pi), wide * math.sqrt(rng.uniform()), rng.uniform(0.15, 0.45)
+        turn, far = rng.uniform(0, 2 * math.pi), wide * math.sqrt(rng.uniform())
+        size = rng.uniform(0.15, 0.45)
         cluster = disc(far * math.cos(turn), crown + 0.8 * far * math.sin(turn), size, size, leaf)
         parts.append((cluster, [c * (0.55 + 0.006 * i) * rng.uniform(0.75, 1.2) for c in green]))
     return upright(parts)
@@ -150,7 +153,8 @@ def lamp_post(rng, r, side):
 def objects(rng, s):
     """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]."""
     found = []
-    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, the camera's, parked
+    # parked, oncoming, the camera's, parked
+    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]
     # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
     crossing = int(rng.integers(1, s.rows + 2))
     slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows) if row != crossing]
@@ -162,7 +166,8 @@ def objects(rng, s):
         rgb = s.palette[rng.integers(len(s.palette))]
         found.append((z, x, label, yaw, vehicle(label, rng, rgb, away=math.cos(yaw) > 0)))
     for _ in range(rng.integers(3, 8)):
-        x, z = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5)), 5.5 + s.people * rng.random() ** 1.5
+        x = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5))
+        z = 5.5 + s.people * rng.random() ** 1.5
         if rng.random() < 0.3:  # on the road, between two rows of vehicles
             x, z = rng.uniform(-0.8, 0.8) * s.road, 12.5 + 8 * rng.integers(0, 3)
         found.append((z, x, PERSON, 0, person(rng, s.palette)))
@@ -180,7 +185,7 @@ def fill(s, where, rgb, label, depth):
 
 
 def paint(s, z, x, label, yaw, faces):
-    """Paint one object where nothing nearer stands, and its shadow; a shadow alone if too little would show."""
+    """Paint an object where nothing nearer stands, and its shadow; only that if too little would show."""
     turn = np.array([(math.cos(yaw), 0, -math.sin(yaw)), (0, 1, 0), (math.sin(yaw), 0, math.cos(yaw))])
     fall = np.array([(1, 0, 0), (s.dx, 0, s.dz), (0, 0, 1)])  # along the sun's rays onto the ground
     tile = Image.new("RGBA", (W, H))
@@ -188,7 +193,7 @@ def paint(s, z, x, label, yaw, faces):
         world = corners @ turn + (x, 0, z)
         seen = project(world, s)
         (ax, ay), (bx, by) = seen[1:3] - seen[0]
-        if label not in (CAR, TRUCK) or ax * by > bx * ay:  # the corners of faces that look away run backwards
+        if label not in (CAR, TRUCK) or ax * by > bx * ay:  # faces that look away run backwards
             ImageDraw.Draw(tile).polygon(seen.ravel().tolist(), fill=(*map(int, rgb), 255))
             ImageDraw.Draw(s.shadow).polygon(project(world @ fall, s).ravel().tolist(), fill=1)
     left, top, right, bottom = tile.getbbox() or (0, 0, 0, 0)
@@ -204,7 +209,7 @@ def paint(s, z, x, label, yaw, faces):
 
 
 def paint_row(s, rng, side):
-    """The fronts of houses and hedges along one side of the street -> where each begins, and its height."""
+    """Houses and hedges along one side of the street -> where each begins, and its height."""
     starts, leafy = np.cumsum(rng.uniform(*s.front, 60)) - 20, rng.random(60) < s.green
     tall = np.where(leafy, rng.uniform(2 * s.eye, 3.2 * s.eye, 60), rng.uniform(*s.tall, 60))
     tint = np.where(leafy[:, None], rng.choice(s.greens, 60), rng.choice(s.palette, 60))
@@ -229,7 +234,7 @@ def paint_row(s, rng, side):
 
 
 def paint_ground(s, rng, starts, tall):
-    """Road, lane marks and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
+    """Road and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
     where = ys, xs = np.nonzero((s.labels == 0) & (H * s.horizon + 1 < Y))
     z = s.focal * s.eye / (np.float32(ys) / H - s.horizon)
     x = (np.float32(xs) - W * s.centre) * z / (H * s.focal) + s.x
@@ -261,7 +266,8 @@ def scene(split, index, seed=0, style=STREET):
     sunny_side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)
     s.sweep = -sunny_side * sun  # the side to which shadows fall, 0 without sun
     s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)  # the shadow of a metre of height
-    s.texture, s.grain = noise(rng, 512, 512, 32, s.rough), 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
+    s.texture = noise(rng, 512, 512, 32, s.rough)
+    s.grain = 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
     s.shadow = Image.new("1", (W, H))
     s.image, s.depth = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.float32)
     s.labels, s.instances = np.zeros((H, W), np.uint8), np.zeros((H, W), np.int32)
@@ -291,8 +297,8 @@ def scene(split, index, seed=0, style=STREET):
 
 
 def write(root, counts=COUNTS, style=STREET):
-    """Write counts = {split: scenes} under `root`; nothing to do if it exists. All goes to a folder beside `root` that
-    takes its name at the end: what is there is complete."""
+    """Write counts = {split: scenes} under `root`, unless it exists. All goes to a folder beside `root` that takes its
+    name at the end: what is there is complete."""
     root = Path(root)
     if root.exists():
         return
