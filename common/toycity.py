@@ -66,8 +66,8 @@ def joints(pattern, u, v):
 def project(points, s):
     """World points [n, 3] -> pixels [n, 2]; what is behind the lens is held before it."""
     x, y, z = points.T
-    scale = H * s.focal / np.maximum(z, 0.7)
-    return np.array([W * s.centre + scale * (x - s.x), H * s.horizon + scale * (s.eye - y)]).T
+    scale = s.focal / np.maximum(z, 0.7)
+    return np.array([s.centre + scale * (x - s.x), s.horizon + scale * (s.eye - y)]).T
 
 
 def disc(x, y, rx, ry, corners=10):
@@ -89,11 +89,11 @@ def solid(profile, half, rgb, glazed=False):
     return faces
 
 
-def vehicle(label, rng, rgb, away):
+def vehicle(label, rng, palette, away):
     """Faces of a car (body and cabin) or a truck (cab and tall box), farther parts first."""
+    rgb = palette[rng.integers(len(palette))]
     if label == CAR:
-        rear, front, half, roof = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7)
-        back = rng.uniform(0.9, 2.0)
+        rear, front, half, roof, back = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7), rng.uniform(0.9, 2.0)
         body = solid([(rear, 0.3), (rear, 0.85), (1.1, 0.92), (2.1, 0.72), (front, 0.3)], half, rgb)
         body += solid([(-back, 0.88), (0.3 - back, roof), (0.4, roof), (1.15, 0.9)], 0.82, rgb, glazed=True)
     else:
@@ -130,9 +130,9 @@ def person(rng, palette):
     return upright([*parts, (body, shirt), (head, SKIN[rng.integers(4)]), (hair, TYRE)], size)
 
 
-def tree(rng, green, leaf):
+def tree(rng, greens, leaf):
     """Faces of a trunk and of a crown of leaf clusters, the rear ones darker."""
-    wide, crown = rng.uniform(1.1, 2.0), rng.uniform(3.6, 5.2)
+    green, wide, crown = greens[rng.integers(4)], rng.uniform(1.1, 2.0), rng.uniform(3.6, 5.2)
     parts = [([(-0.16, 0), (0.16, 0), (0.1, crown), (-0.1, crown)], BARK)]
     for i in range(80):
         turn, far = rng.uniform(0, 2 * math.pi), wide * math.sqrt(rng.uniform())
@@ -153,8 +153,7 @@ def lamp_post(rng, r, side):
 def objects(rng, s):
     """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]."""
     found = []
-    # parked, oncoming, the camera's, parked
-    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]
+    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # outer: parked; then oncoming, ours
     # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
     crossing = int(rng.integers(1, s.rows + 2))
     slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows) if row != crossing]
@@ -163,8 +162,7 @@ def objects(rng, s):
         x, z = lanes[lane] + rng.uniform(-0.2, 0.2), 8.5 + 8 * row + rng.uniform(-1, 1)
         yaw = rng.uniform(-0.06, 0.06)
         yaw += rng.choice([-1, 1]) * rng.uniform(1.1, 1.9) if row == crossing else math.pi * (lane < 2)
-        rgb = s.palette[rng.integers(len(s.palette))]
-        found.append((z, x, label, yaw, vehicle(label, rng, rgb, away=math.cos(yaw) > 0)))
+        found.append((z, x, label, yaw, vehicle(label, rng, s.palette, away=math.cos(yaw) > 0)))
     for _ in range(rng.integers(3, 8)):
         x = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5))
         z = 5.5 + s.people * rng.random() ** 1.5
@@ -175,8 +173,7 @@ def objects(rng, s):
         for z in np.cumsum(rng.uniform(12, 26, 4)) - 6:
             found.append((z, side * (s.road + 0.4), POLE, 0, lamp_post(rng, s.pole, side)))
         for z in np.cumsum(rng.uniform(*s.trees, 4)):
-            crown = tree(rng, s.greens[rng.integers(4)], s.leaf)
-            found.append((z, side * (s.road + s.walk * 0.8), VEGETATION, 0, crown))
+            found.append((z, side * (s.road + s.walk * 0.8), VEGETATION, 0, tree(rng, s.greens, s.leaf)))
     return sorted(found, key=lambda item: item[:2])
 
 
@@ -214,9 +211,9 @@ def paint_row(s, rng, side):
     tall = np.where(leafy, rng.uniform(2 * s.eye, 3.2 * s.eye, 60), rng.uniform(*s.tall, 60))
     tint = np.where(leafy[:, None], rng.choice(s.greens, 60), rng.choice(s.palette, 60))
     # in the plane of the fronts a column of pixels has one distance
-    z = H * s.focal * (s.road + s.walk - s.x * side) / np.maximum(side * (X - W * s.centre), 10)
+    z = s.focal * (s.road + s.walk - s.x * side) / np.maximum(side * (X - s.centre), 10)
     block = np.searchsorted(starts, z, "right") - 1
-    up = s.eye - (Y / H - s.horizon) * (z / s.focal)
+    up = s.eye - (Y - s.horizon) * (z / s.focal)
     ragged = 1 + leafy[block] * (s.texture[0, (z * 40).astype(int) % 512] - 0.5)
     where = ys, xs = np.nonzero((s.labels == 0) & (z < 100) & (up > 0) & (up < tall[block] * ragged))
     block, up, z, leaves = block[xs], up[where], z[xs], leafy[block[xs]]
@@ -235,9 +232,9 @@ def paint_row(s, rng, side):
 
 def paint_ground(s, rng, starts, tall):
     """Road and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
-    where = ys, xs = np.nonzero((s.labels == 0) & (H * s.horizon + 1 < Y))
-    z = s.focal * s.eye / (np.float32(ys) / H - s.horizon)
-    x = (np.float32(xs) - W * s.centre) * z / (H * s.focal) + s.x
+    where = ys, xs = np.nonzero((s.labels == 0) & (s.horizon + 1 < Y))
+    z = s.focal * s.eye / (np.float32(ys) - s.horizon)
+    x = (np.float32(xs) - s.centre) * z / s.focal + s.x
     out, near, paved = np.abs(x), np.minimum(10 / z, 1), np.abs(x) > s.road
     broad, fine = (s.texture[(z * step).astype(int) % 512, (x * step).astype(int) % 512] for step in (5, 30))
     tone = 0.68 + 0.32 * broad + 0.6 * near * (fine - 0.3) - 0.2 * near * (paved & joints(s.paving, x, z))
@@ -261,6 +258,7 @@ def scene(split, index, seed=0, style=STREET):
     s = SimpleNamespace(**style)  # the scene: its style, then what is drawn
     for name in ("road", "walk", "focal", "horizon", "eye", "centre"):
         setattr(s, name, rng.uniform(*getattr(s, name)))
+    s.focal, s.horizon, s.centre = H * s.focal, H * s.horizon, W * s.centre  # in pixels
     s.x = s.road / 2 - 1.2 + rng.uniform(-0.4, 0.4)  # the camera's place in its lane
     _, high, low, white, gain, sun, s.dark_windows = WEATHER[rng.choice(3, p=[row[0] for row in WEATHER])]
     sunny_side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)
@@ -274,19 +272,18 @@ def scene(split, index, seed=0, style=STREET):
     s.next_id = {label: label * 1000 for label in (PERSON, CAR, TRUCK)}
     if rng.random() < s.bonnet:  # the bonnet of the car that carries the camera
         depth = Y - H + rng.uniform(30, 70) * (1 - 12 * (X / W - 0.5) ** 4)
-        bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.clip(depth, 0, 50)[..., None]) * s.grain
+        bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.minimum(depth, 50)[..., None]) * s.grain
         fill(s, depth > 0, bonnet[depth > 0], EGO, 1)
     for item in objects(rng, s):
         paint(s, *item)
     rows = {side: paint_row(s, rng, side) for side in (-1, 1)}
     paint_ground(s, rng, *rows[sunny_side])
-    hills = (s.labels == 0) & (H * (s.horizon - 0.12 * noise(rng, 1, W, 128, 0.5) ** 2) < Y)
+    hills = (s.labels == 0) & (s.horizon - 0.12 * H * noise(rng, 1, W, 128, 0.5) ** 2 < Y)
     fill(s, hills, np.float32(s.greens[0]) * (2.2 * s.grain[hills] - 1.2), VEGETATION, 160)
     sky, high, low = s.labels == 0, np.float32(high), np.float32(low)
     cloud = np.clip(noise(rng, H, W, 256, 0.6)[sky][:, None] * 2.2 - 1, 0, 0.7)
-    blue = high + (low - high) * np.minimum(np.float32(np.nonzero(sky)[0]) / (H * s.horizon), 1)[:, None]
+    blue = high + (low - high) * np.minimum(np.float32(np.nonzero(sky)[0]) / s.horizon, 1)[:, None]
     fill(s, sky, blue * (1 - cloud) + np.float32(white) * cloud, SKY, 0)
-
     # haze, light, lens and sensor
     clear, warm = 1 / (1 + s.depth / rng.uniform(150, 700))[..., None], rng.uniform(-0.08, 0.08)
     light = np.float32([gain + warm, gain, gain - warm])
