@@ -153,7 +153,7 @@ def lamp_post(rng, r, side):
 def objects(rng, s):
     """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]."""
     found = []
-    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # outer: parked; then oncoming, ours
+    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, ours, parked
     # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
     crossing = int(rng.integers(1, s.rows + 2))
     slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows) if row != crossing]
