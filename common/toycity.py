@@ -1,14 +1,12 @@
-"""toycity, the embedded benchmark: procedural street scenes with pixel-exact labels, written in Cityscapes layout.
+"""toycity, the embedded benchmark: procedural street scenes with pixel-exact labels, in Cityscapes layout.
 
-A scene is a small world in metres (X right, Y up, Z ahead, measured along the road) seen by a pinhole camera. It is
-painted near to far, each object only where nothing nearer stands, so an object of which too little would show is
-simply left out. Cars and trucks share palette, glass, wheels and surface, house walls and clothes the palette too:
-things are told apart by shape, not by colour.
+A scene is a small world in metres (X right, Y up, Z ahead along the road) seen by a pinhole camera. It is painted near
+to far, each object only where nothing nearer stands, so one of which too little would show is simply left out. Cars
+and trucks share palette, glass, wheels and surface: things are told apart by shape, not by colour.
 """
 
 import math
-import os
-import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +34,8 @@ WEATHER = [  # likelihood; sky above, sky at the horizon, clouds; brightness, st
     (0.25, *colours("afb6be d4d8dc ebebeb"), 0.95, 0, 0.95),
     (0.15, *colours("465a8c eba582 aaaaaa"), 0.6, 0, 0.6),
 ]
-# Two kinds of city: the pretraining split has other colours, textures and geometry. Pairs are ranges in metres, focal
-# length and horizon in image heights, centre in widths. A pattern: height of a row, length of a stone, shift, joint.
+# What makes a kind of city. Pairs are ranges in metres, but for grey values (asphalt), focal length and horizon (in
+# image heights) and centre (in widths). Patterns (wall, paving): height of a row, length of a stone, shift, joint.
 STREET = dict(
     palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"), rough=0.6, leaf=8,
     greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.17, rows=4, people=10, asphalt=(92, 118),
@@ -49,14 +47,14 @@ STREET = dict(
 
 def noise(rng, height, width, cell, rough):
     """Fractal noise [height, width] in [0, 1]: random grids of `cell` pixels and finer, each weaker by `rough`."""
-    total, weight = np.zeros((height, width), np.float32), 0.0
+    total = np.zeros((height, width), np.float32)
     for octave in range(5):
-        grid = rng.integers(0, 256, (1 + (height << octave) // cell, 1 + (width << octave) // cell), dtype=np.uint8)
+        rows, columns = 1 + (height << octave) // cell, 1 + (width << octave) // cell
+        grid = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
         # Pillow resizes 8-bit images in integers: the same result on every machine
         layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR)
         total += np.asarray(layer, np.float32) * rough**octave
-        weight += 255 * rough**octave
-    return total / weight
+    return total / (255 * sum(rough**octave for octave in range(5)))
 
 
 def joints(pattern, u, v):
@@ -68,8 +66,8 @@ def joints(pattern, u, v):
 def project(points, s):
     """World points [n, 3] -> pixels [n, 2]; what is behind the lens is held before it."""
     x, y, z = points.T
-    z = np.maximum(z, 0.7)
-    return np.stack([W * s.centre + H * s.focal * (x - s.x) / z, H * s.horizon + H * s.focal * (s.eye - y) / z], 1)
+    scale = s.focal / np.maximum(z, 0.7)
+    return np.array([s.centre + scale * (x - s.x), s.horizon + scale * (s.eye - y)]).T
 
 
 def disc(x, y, rx, ry, corners=10):
@@ -80,16 +78,20 @@ def disc(x, y, rx, ry, corners=10):
 def solid(profile, half, rgb, glazed=False):
     """A convex prism: profile [(z, y)], clockwise, swept from x = -half to half -> faces [(corners [n, 3], rgb)]."""
     left, right = (np.array([(x, y, z) for z, y in profile]) for x in (-half, half))
-    faces, panes = [(left[::-1], rgb), (right, rgb)], [left[::-1], right]
+    faces = [(left[::-1], rgb), (right, rgb)]
     for i, (_, dy, dz) in enumerate(left - np.roll(left, 1, 0)):
-        face, up = np.array([left[i - 1], left[i], right[i], right[i - 1]]), dz / math.hypot(dy, dz)
-        faces.append((face, [c * (1 + 0.2 * up) for c in rgb]))  # light comes from above
-        panes += [face] if abs(up) < 0.95 else []  # windows all round, none in roof and floor
-    return faces + [(p.mean(0) + (p - p.mean(0)) * (0.84, 0.74, 0.84), GLASS) for p in panes if glazed]
+        light = 1 + 0.2 * (dz / math.hypot(dy, dz))  # comes from above
+        face = np.array([left[i - 1], left[i], right[i], right[i - 1]])
+        faces.append((face, [c * light for c in rgb]))
+    if glazed:  # windows all round, none in roof and floor
+        walls = [corners for corners, _ in faces if np.ptp(corners[:, 1]) > 0.1]
+        faces += [(wall.mean(0) + (wall - wall.mean(0)) * (0.84, 0.74, 0.84), GLASS) for wall in walls]
+    return faces
 
 
-def vehicle(label, rng, rgb, away):
-    """Faces of a car (low body, cabin with windows) or a truck (cab and tall box), farther parts first."""
+def vehicle(label, rng, palette, away):
+    """Faces of a car (body and cabin) or a truck (cab and tall box), farther parts first."""
+    rgb = palette[rng.integers(len(palette))]
     if label == CAR:
         rear, front, half, roof, back = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7), rng.uniform(0.9, 2.0)
         body = solid([(rear, 0.3), (rear, 0.85), (1.1, 0.92), (2.1, 0.72), (front, 0.3)], half, rgb)
@@ -110,100 +112,110 @@ def vehicle(label, rng, rgb, away):
     return [(corners * size, colour) for corners, colour in body]
 
 
+def upright(parts, size=1.0):
+    """Polygons [(corners (x, y), rgb)] that face the camera, as faces."""
+    return [(np.array([(x * size, y * size, 0) for x, y in corners]), rgb) for corners, rgb in parts]
+
+
 def person(rng, palette):
-    """Polygons [(corners (x, y), rgb)] of a figure; shirt, sleeves and trousers from the common palette."""
+    """Faces of a figure; shirt, sleeves and trousers from the common palette."""
     shirt, sleeve, trousers = (palette[i] for i in rng.integers(len(palette), size=3))
     step, size, parts = rng.uniform(-0.3, 0.3), rng.uniform(0.75, 1.08), []
-    for s in (step, -step):
-        parts.append(([(-0.12, 0.9), (s - 0.07, 0), (s + 0.14, 0), (0.13, 0.9)], trousers))
-        parts.append(([(-0.16, 1.45), (-0.9 * s - 0.3, 0.85), (-0.9 * s - 0.15, 0.82), (0, 1.4)], sleeve))
-    parts.append(([(-0.25, 1.46), (-0.2, 0.8), (0.2, 0.8), (0.25, 1.46), (0.1, 1.54), (-0.1, 1.54)], shirt))
-    parts += [(disc(0, 1.66, 0.11, 0.14), SKIN[rng.integers(4)]), (disc(0, 1.73, 0.12, 0.09), TYRE)]
-    return [([(x * size, y * size) for x, y in corners], rgb) for corners, rgb in parts]
+    for x in (step, -step):
+        leg = [(-0.12, 0.9), (x - 0.07, 0), (x + 0.14, 0), (0.13, 0.9)]
+        arm = [(-0.16, 1.45), (-0.9 * x - 0.3, 0.85), (-0.9 * x - 0.15, 0.82), (0, 1.4)]
+        parts += [(leg, trousers), (arm, sleeve)]
+    body = [(-0.25, 1.46), (-0.2, 0.8), (0.2, 0.8), (0.25, 1.46), (0.1, 1.54), (-0.1, 1.54)]
+    head, hair = disc(0, 1.66, 0.11, 0.14), disc(0, 1.73, 0.12, 0.09)
+    return upright([*parts, (body, shirt), (head, SKIN[rng.integers(4)]), (hair, TYRE)], size)
 
 
-def tree(rng, green, leaf):
-    """Polygons of a trunk and of a crown of leaf clusters, the rear ones darker; both count as vegetation."""
-    wide, crown = rng.uniform(1.1, 2.0), rng.uniform(3.6, 5.2)
+def tree(rng, greens, leaf):
+    """Faces of a trunk and of a crown of leaf clusters, the rear ones darker."""
+    green, wide, crown = greens[rng.integers(4)], rng.uniform(1.1, 2.0), rng.uniform(3.6, 5.2)
     parts = [([(-0.16, 0), (0.16, 0), (0.1, crown), (-0.1, crown)], BARK)]
     for i in range(80):
-        turn, far, size = rng.uniform(0, 2 * math.pi), wide * math.sqrt(rng.uniform()), rng.uniform(0.15, 0.45)
+        turn, far = rng.uniform(0, 2 * math.pi), wide * math.sqrt(rng.uniform())
+        size = rng.uniform(0.15, 0.45)
         cluster = disc(far * math.cos(turn), crown + 0.8 * far * math.sin(turn), size, size, leaf)
         parts.append((cluster, [c * (0.55 + 0.006 * i) * rng.uniform(0.75, 1.2) for c in green]))
-    return parts
+    return upright(parts)
+
+
+def lamp_post(rng, r, side):
+    """Faces of a post of radius r and of its arm, over the road, with the lamp."""
+    top, arm = rng.uniform(4.5, 7.5), -side * rng.uniform(0.8, 1.8)
+    post = [(-r, 0), (r, 0), (r - 0.03, top), (0.03 - r, top)]
+    beam = [(0, top), (arm, top), (arm, top + 0.1)]
+    return upright([(corners, GREY) for corners in (post, beam, disc(arm, top, 0.36, 0.12))])
 
 
 def objects(rng, s):
-    """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]; flat ones face the camera."""
-    found, flat = [], []
-    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, the camera's, parked
+    """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]."""
+    found = []
+    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, ours, parked
     # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
     crossing = int(rng.integers(1, s.rows + 2))
-    free = {(lane, k) for lane in range(4) for k in range(s.rows) if k != crossing} - {(1, 0), (2, 0)}
-    slots = sorted(free)
+    slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows) if row != crossing]
     labels = rng.permutation([CAR] * rng.integers(3, 7) + [TRUCK] * rng.integers(1, 4)).tolist()
-    for label, (lane, k) in zip(labels, [(1, crossing), *rng.permutation(slots).tolist()], strict=False):
-        x, z, yaw = lanes[lane] + rng.uniform(-0.2, 0.2), 8.5 + 8 * k + rng.uniform(-1, 1), rng.uniform(-0.06, 0.06)
-        yaw += rng.choice([-1, 1]) * rng.uniform(1.1, 1.9) if k == crossing else math.pi * (lane < 2)
-        rgb = s.palette[rng.integers(len(s.palette))]
-        found.append((z, x, label, yaw, vehicle(label, rng, rgb, away=math.cos(yaw) > 0)))
+    for label, (lane, row) in zip(labels, [(1, crossing), *rng.permutation(slots).tolist()], strict=False):
+        x, z = lanes[lane] + rng.uniform(-0.2, 0.2), 8.5 + 8 * row + rng.uniform(-1, 1)
+        yaw = rng.uniform(-0.06, 0.06)
+        yaw += rng.choice([-1, 1]) * rng.uniform(1.1, 1.9) if row == crossing else math.pi * (lane < 2)
+        found.append((z, x, label, yaw, vehicle(label, rng, s.palette, away=math.cos(yaw) > 0)))
     for _ in range(rng.integers(3, 8)):
-        x, z = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5)), 5.5 + s.people * rng.random() ** 1.5
+        x = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5))
+        z = 5.5 + s.people * rng.random() ** 1.5
         if rng.random() < 0.3:  # on the road, between two rows of vehicles
             x, z = rng.uniform(-0.8, 0.8) * s.road, 12.5 + 8 * rng.integers(0, 3)
-        flat.append((z, x, PERSON, person(rng, s.palette)))
+        found.append((z, x, PERSON, 0, person(rng, s.palette)))
     for side in (-1, 1):
         for z in np.cumsum(rng.uniform(12, 26, 4)) - 6:
-            top, arm = rng.uniform(4.5, 7.5), -side * rng.uniform(0.8, 1.8)  # a lamp post, its arm over the road
-            r = s.pole
-            post, beam = [(-r, 0), (r, 0), (r - 0.03, top), (0.03 - r, top)], [(0, top), (arm, top), (arm, top + 0.1)]
-            parts = [(corners, GREY) for corners in (post, beam, disc(arm, top, 0.36, 0.12))]
-            flat.append((z, side * (s.road + 0.4), POLE, parts))
+            found.append((z, side * (s.road + 0.4), POLE, 0, lamp_post(rng, s.pole, side)))
         for z in np.cumsum(rng.uniform(*s.trees, 4)):
-            flat.append((z, side * (s.road + s.walk * 0.8), VEGETATION, tree(rng, s.greens[rng.integers(4)], s.leaf)))
-    for z, x, label, parts in flat:
-        found.append((z, x, label, 0, [(np.array([(x, y, 0) for x, y in corners]), rgb) for corners, rgb in parts]))
+            found.append((z, side * (s.road + s.walk * 0.8), VEGETATION, 0, tree(rng, s.greens, s.leaf)))
     return sorted(found, key=lambda item: item[:2])
 
 
-def fill(canvas, where, rgb, label, depth, number=None):
-    for array, value in zip(canvas, (rgb, label, label if number is None else number, depth), strict=True):
-        array[where] = value
+def fill(s, where, rgb, label, depth):
+    s.image[where], s.labels[where], s.depth[where] = rgb, label, depth
 
 
-def paint(canvas, s, at, yaw, faces, label, number):
-    """Paint one object where nothing nearer stands, and its shadow; False, and a shadow alone, if too little shows."""
+def paint(s, z, x, label, yaw, faces):
+    """Paint an object where nothing nearer stands, and its shadow; only that if too little would show."""
     turn = np.array([(math.cos(yaw), 0, -math.sin(yaw)), (0, 1, 0), (math.sin(yaw), 0, math.cos(yaw))])
     fall = np.array([(1, 0, 0), (s.dx, 0, s.dz), (0, 0, 1)])  # along the sun's rays onto the ground
-    world, ends = np.concatenate([corners for corners, _ in faces]) @ turn + at, np.cumsum([len(c) for c, _ in faces])
-    tile, seen, cast = Image.new("RGBA", (W, H)), project(world, s).tolist(), project(world @ fall, s).tolist()
-    for (corners, rgb), end in zip(faces, ends.tolist(), strict=True):
-        polygon = [tuple(p) for p in seen[end - len(corners) : end]]
-        (x0, y0), (x1, y1), (x2, y2) = polygon[:3]
-        if label not in (CAR, TRUCK) or (x1 - x0) * (y2 - y0) > (x2 - x0) * (y1 - y0):  # faces that look away run back
-            ImageDraw.Draw(tile).polygon(polygon, fill=(*(min(int(c), 255) for c in rgb), 255))
-            ImageDraw.Draw(s.shadow).polygon([tuple(p) for p in cast[end - len(corners) : end]], fill=1)
-    x0, y0, x1, y1 = tile.getbbox() or (0, 0, 0, 0)
-    tile = np.asarray(tile.crop((x0, y0, x1, y1)))
-    ys, xs = np.nonzero((tile[..., 3] > 0) & (canvas[1][y0:y1, x0:x1] == 0))
+    tile = Image.new("RGBA", (W, H))
+    for corners, rgb in faces:
+        world = corners @ turn + (x, 0, z)
+        seen = project(world, s)
+        (ax, ay), (bx, by) = seen[1:3] - seen[0]
+        if label not in (CAR, TRUCK) or ax * by > bx * ay:  # faces that look away run backwards
+            ImageDraw.Draw(tile).polygon(seen.ravel().tolist(), fill=(*map(int, rgb), 255))
+            ImageDraw.Draw(s.shadow).polygon(project(world @ fall, s).ravel().tolist(), fill=1)
+    left, top, right, bottom = tile.getbbox() or (0, 0, 0, 0)
+    tile = np.asarray(tile.crop((left, top, right, bottom)))
+    ys, xs = np.nonzero((tile[..., 3] > 0) & (s.labels[top:bottom, left:right] == 0))
     if len(ys) < MIN_PIXELS:
-        return False
-    where = ys + y0, xs + x0
-    fill(canvas, where, tile[ys, xs, :3] * s.grain[where], label, at[2], number)
-    return True
+        return
+    where = ys + top, xs + left
+    fill(s, where, tile[ys, xs, :3] * s.grain[where], label, z)
+    if label in s.next_id:
+        s.instances[where] = s.next_id[label]
+        s.next_id[label] += 1
 
 
-def paint_row(canvas, s, rng, side):
-    """The fronts of houses and hedges along one side of the street -> where each begins, and its height."""
+def paint_row(s, rng, side):
+    """Houses and hedges along one side of the street -> where each begins, and its height."""
     starts, leafy = np.cumsum(rng.uniform(*s.front, 60)) - 20, rng.random(60) < s.green
     tall = np.where(leafy, rng.uniform(2 * s.eye, 3.2 * s.eye, 60), rng.uniform(*s.tall, 60))
     tint = np.where(leafy[:, None], rng.choice(s.greens, 60), rng.choice(s.palette, 60))
     # in the plane of the fronts a column of pixels has one distance
-    z = H * s.focal * (s.road + s.walk - s.x * side) / np.maximum(side * (X - W * s.centre), 10)
+    z = s.focal * (s.road + s.walk - s.x * side) / np.maximum(side * (X - s.centre), 10)
     block = np.searchsorted(starts, z, "right") - 1
-    up = s.eye - (Y / H - s.horizon) * (z / s.focal)
+    up = s.eye - (Y - s.horizon) * (z / s.focal)
     ragged = 1 + leafy[block] * (s.texture[0, (z * 40).astype(int) % 512] - 0.5)
-    where = ys, xs = np.nonzero((canvas[1] == 0) & (z < 100) & (up > 0) & (up < tall[block] * ragged))
+    where = ys, xs = np.nonzero((s.labels == 0) & (z < 100) & (up > 0) & (up < tall[block] * ragged))
     block, up, z, leaves = block[xs], up[where], z[xs], leafy[block[xs]]
     fine = s.texture[(up * 45).astype(int) % 512, (z * 45).astype(int) % 512]
     tone = np.where(leaves, 0.3 + 1.3 * fine, 0.8 + 0.4 * fine - np.minimum(3.5 / z, 0.25) * joints(s.wall, z, up))
@@ -214,15 +226,15 @@ def paint_row(canvas, s, rng, side):
     rgb[frame < 0.05] = 0.4 * rgb[frame < 0.05] + 110
     glow = rng.random((64, 64))[(floor + 7 * block).astype(int) % 64, across.astype(int) % 64][frame < 0, None]
     rgb[frame < 0] = np.where(glow > s.dark_windows, (225, 180, 110), np.float32(GLASS) * (0.5 + 0.6 * glow))
-    fill(canvas, where, rgb, np.where(leaves, VEGETATION, BUILDING), z)
+    fill(s, where, rgb, np.where(leaves, VEGETATION, BUILDING), z)
     return starts, tall
 
 
-def paint_ground(canvas, s, rng, starts, tall):
-    """Road, lane marks and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
-    where = ys, xs = np.nonzero((canvas[1] == 0) & (H * s.horizon + 1 < Y))
-    z = s.focal * s.eye / (np.float32(ys) / H - s.horizon)
-    x = (np.float32(xs) - W * s.centre) * z / (H * s.focal) + s.x
+def paint_ground(s, rng, starts, tall):
+    """Road and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
+    where = ys, xs = np.nonzero((s.labels == 0) & (s.horizon + 1 < Y))
+    z = s.focal * s.eye / (np.float32(ys) - s.horizon)
+    x = (np.float32(xs) - s.centre) * z / s.focal + s.x
     out, near, paved = np.abs(x), np.minimum(10 / z, 1), np.abs(x) > s.road
     broad, fine = (s.texture[(z * step).astype(int) % 512, (x * step).astype(int) % 512] for step in (5, 30))
     tone = 0.68 + 0.32 * broad + 0.6 * near * (fine - 0.3) - 0.2 * near * (paved & joints(s.paving, x, z))
@@ -236,7 +248,7 @@ def paint_ground(canvas, s, rng, starts, tall):
     house = np.searchsorted(starts, z - s.dz * 5, "right") - 1
     dark = np.asarray(s.shadow)[where] | (s.road + s.walk + x * s.sweep < tall[house] * abs(s.dx))
     rgb[dark] *= s.shade
-    fill(canvas, where, rgb, np.where(paved, SIDEWALK, ROAD), z)
+    fill(s, where, rgb, np.where(paved, SIDEWALK, ROAD), z)
 
 
 def scene(split, index, seed=0, style=STREET):
@@ -246,63 +258,62 @@ def scene(split, index, seed=0, style=STREET):
     s = SimpleNamespace(**style)  # the scene: its style, then what is drawn
     for name in ("road", "walk", "focal", "horizon", "eye", "centre"):
         setattr(s, name, rng.uniform(*getattr(s, name)))
+    s.focal, s.horizon, s.centre = H * s.focal, H * s.horizon, W * s.centre  # in pixels
     s.x = s.road / 2 - 1.2 + rng.uniform(-0.4, 0.4)  # the camera's place in its lane
     _, high, low, white, gain, sun, s.dark_windows = WEATHER[rng.choice(3, p=[row[0] for row in WEATHER])]
-    s.side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)  # the sun's side
-    s.sweep = -s.side * sun  # the side to which shadows fall, 0 without sun; dx, dz: the shadow of one metre of height
-    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)
-    s.texture, s.grain = noise(rng, 512, 512, 32, s.rough), 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
+    sunny_side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)
+    s.sweep = -sunny_side * sun  # the side to which shadows fall, 0 without sun
+    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)  # the shadow of a metre of height
+    s.texture = noise(rng, 512, 512, 32, s.rough)
+    s.grain = 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
     s.shadow = Image.new("1", (W, H))
-    canvas = [np.zeros((H, W, 3), np.float32), *(np.zeros((H, W), kind) for kind in (np.uint8, np.int32, np.float32))]
+    s.image, s.depth = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.float32)
+    s.labels, s.instances = np.zeros((H, W), np.uint8), np.zeros((H, W), np.int32)
+    s.next_id = {label: label * 1000 for label in (PERSON, CAR, TRUCK)}
     if rng.random() < s.bonnet:  # the bonnet of the car that carries the camera
         depth = Y - H + rng.uniform(30, 70) * (1 - 12 * (X / W - 0.5) ** 4)
-        bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.clip(depth, 0, 50)[..., None]) * s.grain
-        fill(canvas, depth > 0, bonnet[depth > 0], EGO, 1)
-    counts = {PERSON: 0, CAR: 0, TRUCK: 0}
-    for z, x, label, yaw, faces in objects(rng, s):
-        number = label * 1000 + counts[label] if label in counts else label
-        if paint(canvas, s, (x, 0, z), yaw, faces, label, number) and label in counts:
-            counts[label] += 1
-    rows = {side: paint_row(canvas, s, rng, side) for side in (-1, 1)}
-    paint_ground(canvas, s, rng, *rows[s.side])
-    hills = (canvas[1] == 0) & (H * (s.horizon - 0.12 * noise(rng, 1, W, 128, 0.5) ** 2) < Y)
-    fill(canvas, hills, np.float32(s.greens[0]) * (2.2 * s.grain[hills] - 1.2), VEGETATION, 160)
-    sky, high, low = canvas[1] == 0, np.float32(high), np.float32(low)
+        bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.minimum(depth, 50)[..., None]) * s.grain
+        fill(s, depth > 0, bonnet[depth > 0], EGO, 1)
+    for item in objects(rng, s):
+        paint(s, *item)
+    rows = {side: paint_row(s, rng, side) for side in (-1, 1)}
+    paint_ground(s, rng, *rows[sunny_side])
+    hills = (s.labels == 0) & (s.horizon - 0.12 * H * noise(rng, 1, W, 128, 0.5) ** 2 < Y)
+    fill(s, hills, np.float32(s.greens[0]) * (2.2 * s.grain[hills] - 1.2), VEGETATION, 160)
+    sky, high, low = s.labels == 0, np.float32(high), np.float32(low)
     cloud = np.clip(noise(rng, H, W, 256, 0.6)[sky][:, None] * 2.2 - 1, 0, 0.7)
-    blue = high + (low - high) * np.minimum(np.float32(np.nonzero(sky)[0]) / (H * s.horizon), 1)[:, None]
-    fill(canvas, sky, blue * (1 - cloud) + np.float32(white) * cloud, SKY, 0)
-
-    image, labels, instances, depth = canvas  # then haze, light, lens and sensor
-    clear, warm = 1 / (1 + depth / rng.uniform(150, 700))[..., None], rng.uniform(-0.08, 0.08)
-    image = (image * clear + low * (1 - clear)) * np.float32([gain + warm, gain, gain - warm]) * rng.uniform(0.85, 1.15)
+    blue = high + (low - high) * np.minimum(np.float32(np.nonzero(sky)[0]) / s.horizon, 1)[:, None]
+    fill(s, sky, blue * (1 - cloud) + np.float32(white) * cloud, SKY, 0)
+    # haze, light, lens and sensor
+    clear, warm = 1 / (1 + s.depth / rng.uniform(150, 700))[..., None], rng.uniform(-0.08, 0.08)
+    light = np.float32([gain + warm, gain, gain - warm])
+    image = (s.image * clear + low * (1 - clear)) * light * rng.uniform(0.85, 1.15)
     lens = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(0.5))
     image = np.asarray(lens, np.int16) + rng.integers(-5, 6, (H, W, 3), dtype=np.int8)
-    return np.clip(image, 0, 255).astype(np.uint8), labels, instances
+    return np.clip(image, 0, 255).astype(np.uint8), s.labels, np.where(s.instances, s.instances, s.labels)
 
 
 def write(root, counts=COUNTS, style=STREET):
-    """Write counts = {split: scenes} under `root`; nothing to do if it exists. All goes to a folder beside `root` that
-    takes its name at the end: what is there is complete."""
+    """Write counts = {split: scenes} under `root`, unless it exists. All goes to a folder beside `root` that takes its
+    name at the end: what is there is complete."""
     root = Path(root)
     if root.exists():
         return
-    partial = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent)
+    partial = Path(scratch.name) / root.name
     for split in counts:
         (partial / "leftImg8bit" / split / "toycity").mkdir(parents=True)
         (partial / "gtFine" / split / "toycity").mkdir(parents=True)
 
     def write_scene(job):
-        image, labels, instances = scene(*job, style=style)
+        image, labels, instances = map(Image.fromarray, scene(*job, style=style))
         stem = "{}/toycity/toycity_000000_{:06d}".format(*job)
-        Image.fromarray(image).save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=0)  # faster
-        Image.fromarray(labels).save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
-        instances = Image.fromarray(instances.astype(np.uint16))
-        instances.save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
+        image.save(partial / f"leftImg8bit/{stem}_leftImg8bit.png", compress_level=0)  # faster
+        labels.save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
+        instances.convert("I;16").save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
 
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
-    try:
-        with ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
-            list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
+    with scratch, ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
+        list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
         partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
