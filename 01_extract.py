@@ -192,7 +192,7 @@ def report(folder, found, names):
     rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
     for encoder in found["encoders"]:
         title = f"{encoder}, RANDOM WEIGHTS" if found["weights"][encoder] == "none" else encoder
-        maps[title] = [run.read_features(folder, encoder, name) for name in shown]
+        maps[title] = [run.read_features(folder, encoder, name, found["root"]) for name in shown]
         for stride, feature in maps[title][0].items():
             c, h, w = feature.shape
             mean, std = (run.number(value.item(), 3) for value in (feature.float().mean(), feature.float().std()))

@@ -59,18 +59,18 @@ def main():
         images = [resize_image(read_image(root / name), "512x1024") for name in names[:8]]
         images = [images[i % len(images)] for i in range(args.images)]
         bare(encoder, images[:2], args.device)
-        read, n, write = partial(stage1.read_picture, root=root, size="512x1024"), args.images, stage1.write
+        read, n, write = partial(stage1.read_picture, root=root, size="512x1024", turn=True), args.images, stage1.write
         pictures = DataLoader(names, batch_size=None, num_workers=args.workers, collate_fn=read)
         scratch.mkdir()
         took = {"bare encoder": [], "stage 1 without writing": [], "stage 1": []}
         writing = []
 
-        def timed(path, maps):
+        def timed(path, *content):
             began = time.perf_counter()
-            write(path, maps)
+            write(path, *content)
             writing.append(time.perf_counter() - began)
 
-        writers = [("stage 1 without writing", lambda path, maps: None), ("stage 1", timed)]
+        writers = [("stage 1 without writing", lambda *content: None), ("stage 1", timed)]
         for _ in range(6):
             took["bare encoder"].append(bare(encoder, images, args.device))
             for kind, stage1.write in writers:

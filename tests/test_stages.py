@@ -109,13 +109,13 @@ def test_the_main_job_on_a_small_toycity(stage, data, tmp_path):
     assert [path.name for path in (alone / "predictions").iterdir()] == ["street.png.png"]
 
 
-def test_pictures_of_any_size_without_labels(stage, extract, tmp_path):
+def test_pictures_of_any_size_without_labels(stage, extract, pictures, tmp_path):
     said = extract("--encoders", "tiny_vit", "tiny_hiera")
     assert "3 pictures" in said
     names = json.loads((tmp_path / "run/run.json").read_text())["images"]
     assert names == ["a.png", "b c.jpg", "sub/a.png"]
     assert (tmp_path / "run/features/tiny_vit/sub/a.png.safetensors").is_file()
-    maps = run.read_features(tmp_path / "run", "tiny_hiera", "a.png")
+    maps = run.read_features(tmp_path / "run", "tiny_hiera", "a.png", pictures)
     assert {s: tuple(m.shape) for s, m in maps.items()} == {
         4: (24, 16, 24),
         8: (48, 8, 12),
@@ -188,7 +188,7 @@ def test_unknown_names_are_answered_with_the_known_ones(stage, extract, tmp_path
 
 
 def test_data_that_is_not_there_is_named(stage, tmp_path):
-    with pytest.raises(UserError, match=f"cityscapes_instance needs {tmp_path}/cityscapes.*--data"):
+    with pytest.raises(UserError, match=f"{tmp_path}/cityscapes is needed and not there: .*--data"):
         stage("01_extract", "--benchmark", "cityscapes_instance", "--data", tmp_path, "--run", tmp_path / "run")
 
 
@@ -245,11 +245,11 @@ def test_a_pass_that_has_not_ended_is_refused_by_stage_2(stage, extract, tmp_pat
     stage1 = importlib.import_module("01_extract")
     write, count = stage1.write, []
 
-    def interrupted(path, maps):
+    def interrupted(path, *content):
         count.append(path)
         if len(count) == 3:
             raise KeyboardInterrupt
-        write(path, maps)
+        write(path, *content)
 
     monkeypatch.setattr(stage1, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -279,7 +279,7 @@ def test_a_full_disk_is_noticed_before_extraction(extract, tmp_path, monkeypatch
 def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(extract, tmp_path, monkeypatch):
     stage1 = importlib.import_module("01_extract")
 
-    def full(maps, path):
+    def full(maps, path, metadata):
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
