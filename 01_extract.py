@@ -221,7 +221,8 @@ def main():
         if todo[name]:  # a file that does not fit is refused before anything is written
             torch.manual_seed(settings.seed)  # random weights are the same in every run
             encoders.append(load_encoder(name, weights[name], settings.device))
-    asked = {"benchmark": benchmark, "data": str(settings.data), "root": str(root), "images": names, "size": size}
+    places = {"data": str(settings.data.resolve()), "root": str(root.resolve())}
+    asked = {"benchmark": benchmark, **places, "images": names, "size": size}
     asked |= {"encoders": list(settings.encoders), "weights": weights, "seed": settings.seed}
     asked["weights_from"] = {name: weights_origin(name, weights[name]) for name in settings.encoders}
     found = open_run(folder, asked)

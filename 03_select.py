@@ -23,7 +23,9 @@ from common import run
 from common.figures import draw_profiles
 from common.run import RESAMPLES, UserError, flag, need, whole
 
-CLEAR = 0.975  # the share of resamples in which an EF must exceed the noise control's
+CLEAR = 0.975  # the share of resamples in which a winner must exceed its control
+AGREE = 0.9  # the share of resamples that must choose the same
+PICTURE = ("image", "shifted")  # controls of SC; noise, which has hardly any, is EF's
 FEW_IMAGES = 10  # resamples of fewer say little about other pictures
 LOWEST = -1e9  # the score of whatever is out of the running
 
@@ -99,21 +101,31 @@ def read_scores(folder, metrics, score, weights):
     return sc, ef
 
 
-def what_speaks_against(settings, metrics, choice, ef):
-    """Warnings; ef [1 + RESAMPLES, source, stride], the first row the plain means."""
-    sources, encoder, at = list(metrics["scores"]), choice["auxiliary"], metrics["strides"].index(choice["stride"])
+def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
+    """Warnings, first of winners that do not clear their controls, then of choices that the resamples do not share.
+
+    sc, ef [1 + RESAMPLES, source, stride], the plain means first; agreement {part: (share of resamples, lead)}.
+    """
+    sources, at, score = list(metrics["scores"]), metrics["strides"].index(choice["stride"]), settings.score.upper()
+    structure, edges = choice["master"], choice["auxiliary"]
     if settings.task == "edges":
-        encoder = choice["master"]
-        at = ef[0, sources.index(encoder)].argmax()
-    edge, noise = ef[:, sources.index(encoder), at], ef[:, sources.index("noise"), at]  # [1 + RESAMPLES]
-    clears, warnings = (edge[1:] > noise[1:]).mean(), []
-    if clears < CLEAR:
-        what = f"{settings.score.upper()} of {encoder} at OS {metrics['strides'][at]}, {edge[0]:.2f},"
-        warnings.append(
-            f"{what} does not clear that of white noise, "
-            f"{noise[0]:.2f}: it is higher in {clears:.1%} of the resamples, and {CLEAR:.1%} are asked for"
-        )
-    for name, counts in metrics["degenerate"].items():
+        structure, edges = edges, structure
+        at = ef[0, sources.index(edges)].argmax()
+    duels = [(f"{score} of {edges} at OS {metrics['strides'][at]}", edges, ef[:, :, at], "noise")]
+    duels += [(f"SC of {structure}, mean over strides", structure, sc.mean(2), control) for control in PICTURE]
+    warnings = []
+    for what, encoder, values, control in duels:
+        own, other = values[:, sources.index(encoder)], values[:, sources.index(control)]  # [1 + RESAMPLES]
+        clears = (own[1:] > other[1:]).mean()
+        if clears < CLEAR:
+            scores = f"{what}, {own[0]:.2f}, does not clear that of the control {control}, {other[0]:.2f}"
+            warnings.append(f"{scores}: higher in {clears:.1%} of the resamples, {CLEAR:.1%} are asked for")
+    for part, (share, lead) in agreement.items():
+        if share < AGREE:
+            warnings.append(
+                f"{share:.0%} of the resamples choose the same {part}: its lead, {lead:.2g}, is no clear one"
+            )
+    for name, counts in metrics.get("degenerate", {}).items():
         if any(counts.values()):
             many = f"of {metrics['images']} maps at each stride {list(counts.values())} of {name}"
             warnings.append(f"{many} are constant or not finite, and score 0")
@@ -156,10 +168,13 @@ def report(folder, metrics, selection):
         print(f"WARNING: {warning}")
     print(f"\nwrote selection.json, metrics.png in {folder}")
     if metrics["benchmark"]:
-        print(f"next: {run.command('04_train.py', folder)}")
+        own = any("checkpoint.pt" in warning for warning in selection["warnings"])
+        out = ("--out", f"{folder}_os{selection['stride']}") if own else ()
+        print(f"next: {run.command('04_train.py', folder, *out)}")
     else:
+        found = "what the warnings say" if selection["warnings"] else "the pair above"
         pair = f"--benchmark NAME --encoders {selection['master']} {selection['auxiliary']}"
-        print(f"next: the answer for these pictures stands. 04_train.py needs labels: start with 01_extract.py {pair}")
+        print(f"for these pictures: {found}. next: 04_train.py needs labels, start with 01_extract.py {pair}")
 
 
 def main():
@@ -182,7 +197,8 @@ def main():
 
     master, auxiliary, at = chosen[:, 0]
     selection = {"master": encoders[master], "auxiliary": encoders[auxiliary], "stride": metrics["strides"][at]}
-    warnings = what_speaks_against(settings, metrics, selection, ef)
+    agreement = dict(zip(by_hand, zip(same.mean(1), lead[:, 0], strict=True), strict=True))
+    warnings = what_speaks_against(settings, metrics, selection, sc, ef, agreement)
     selection |= {"task": settings.task, "score": settings.score}
     selection["chosen_by_hand"] = [part for part, index in by_hand.items() if index is not None]
     selection["scores"] = {

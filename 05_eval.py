@@ -136,7 +136,7 @@ def evaluate(model, samples, size, settings, indices, submission=None):
         "AP": CityscapesInstanceScore(thing_ids, samples.beside),
         "PQ": PanopticScore([category._asdict() for category in categories]),
     }
-    if samples.coco:
+    if samples.coco and "AP" in samples.measures:
         scores["AP"] = CocoInstanceScore(samples.coco.file)
     scores = {MEASURES[measure]: scores[measure] for measure in samples.measures}
     loader = DataLoader(Subset(samples, indices), batch_size=None, **run.helpers(settings.workers))
@@ -322,16 +322,25 @@ def draw_folder(model, trained, settings):
     print(f"wrote {folder}/")
 
 
-def main():
-    settings = run.parse(__doc__, Settings)
-    folder, scored = settings.run, settings.limit or settings.save_predictions
+def refuse_contradictions(settings):
     need(not (settings.images and settings.compare), "--images and --compare are two things: give one")
+    scored = settings.limit or settings.save_predictions
     wrong = "--limit and --save-predictions go with an evaluation, not with --images or --compare"
     need(not (scored and (settings.images or settings.compare)), wrong)
+
+
+def main():
+    settings = run.parse(__doc__, Settings)
+    folder = settings.run
+    refuse_contradictions(settings)
     if settings.compare:
         print(compare(settings.compare))
         return
     asked = run.read_stage(folder, "run.json", "01_extract.py")
+    trains = asked["benchmark"] is not None
+    need(
+        trains, f"{folder} holds pictures without labels, nothing is trained on them: give the --run of a trained model"
+    )
     model, trained = load_trained(folder)
     if settings.images:
         draw_folder(model.to(settings.device).eval(), trained, settings)

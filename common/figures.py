@@ -47,6 +47,7 @@ def draw_features(path, images, maps):
     for axis, image in zip(axes[:, 0], images, strict=True):
         axis.imshow(image.permute(1, 2, 0).numpy())
     axes[0, 0].set_title("picture")
+    figure.supxlabel("colours: the first three principal components of a column's maps", fontsize="medium")
     for column, (encoder, stride) in enumerate(columns, 1):
         coloured = principal_colours([picture[stride].float() for picture in maps[encoder]])
         for axis, colours in zip(axes[:, column], coloured, strict=True):
@@ -146,7 +147,8 @@ def draw_predictions(path, rows, class_names):
     columns, seen = 1 + len(rows[0][1]), set()
     figure, axes = grid([image for image, _ in rows], columns, 4, gap=0.2)
     # Hues a golden ratio apart, so that neighbouring classes differ; lightness differs as well, for all eyes.
-    hsv = [((0.6 + 0.618 * i) % 1, 0.75, (0.95, 0.6, 0.8)[i % 3]) for i in range(len(class_names))]
+    order = np.argsort(np.argsort(0.618 * np.arange(len(class_names)) % 1)) / len(class_names)  # evenly spaced
+    hsv = [((0.6 + hue) % 1, 0.75, (0.95, 0.6, 0.8)[i % 3]) for i, hue in enumerate(order)]
     palette = np.array([(0, 0, 0), *map(hsv_to_rgb, hsv)])  # [1 + classes, 3], 0 void
     for (image, drawings), line in zip(rows, axes, strict=True):
         picture = image.permute(1, 2, 0).numpy() / 255
@@ -162,5 +164,6 @@ def draw_predictions(path, rows, class_names):
             axis.imshow(mixed)
             axis.set_title(title)
     patches = [Patch(color=palette[label + 1], label=class_names[label]) for label in sorted(seen)]
+    patches.append(Patch(color="0.15", label="dark: no segment"))
     figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize="small")
     save(figure, path)

@@ -141,7 +141,7 @@ def write_json(path, content):
 def read_stage(folder, file, stage):
     """Read a JSON file that `stage` wrote into a run folder; UserError names the command that makes it."""
     path, again = folder / file, f"run `{command(stage, folder)}`"
-    need(path.is_file(), f"{path} is missing: {again} first")
+    need(path.is_file(), f"{path if folder.is_dir() else f'the run folder {folder}'} is missing: {again} first")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -154,7 +154,8 @@ def command(stage, folder, *flags: str):
         with contextlib.suppress(OSError, ValueError, KeyError):
             return json.loads((folder / "run.json").read_text())["command"]
     where = () if folder == Path("runs/toycity") else ("--run", str(folder))
-    asked = " --benchmark NAME --data FOLDER --encoders NAMES" if where and stage == "01_extract.py" else ""
+    asked = " --encoders NAMES --benchmark NAME --data FOLDER (or --images FOLDER)"
+    asked = asked if where and stage == "01_extract.py" else ""
     return shlex.join(["python", stage, *where, *flags]) + asked
 
 

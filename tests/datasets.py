@@ -88,7 +88,7 @@ def coco(root, split="val2017", count=2):
                 mask[y0:y1, x0:x1] = True
             else:
                 shape = {"size": [height, width], "counts": code["counts"].decode()}
-            annotation = {"id": len(instances), "image_id": number, "category_id": category, "segmentation": shape}
+            annotation = {"id": len(instances) + 1, "image_id": number, "category_id": category, "segmentation": shape}
             instances.append(annotation | {"iscrowd": crowd, "area": float(mask.sum()), "bbox": [0, 0, 1, 1]})
             expected.add((NAMES[category], mask.tobytes()))
         save(root / f"annotations/panoptic_{split}/{number:012d}.png", colours)

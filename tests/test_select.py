@@ -107,12 +107,23 @@ def test_warnings(tmp_path, choose, capsys):
     _, chosen = choose(
         write_run(tmp_path, spread=0.05, noise={"SC": 0.1, "EF": 19.9}, random_weights=["weak"], images=4)
     )
-    for word, warning in zip(("white noise", "weak", "4 images"), chosen["warnings"], strict=True):
+    for word, warning in zip(("control noise", "weak", "4 images"), chosen["warnings"], strict=True):
         assert word in warning
     assert chosen["random_weights"] == ["weak"]
     assert "WARNING: weak has RANDOM weights" in capsys.readouterr().out
     (warning,) = choose(write_run(tmp_path, noise={"SC": 0.1, "EF": 31}), "--task", "edges")[1]["warnings"]
     assert "EF of structure at OS 16, 30.00, does not clear" in warning
+    two = choose(write_run(tmp_path, spread=0.05, noise={"SC": 0.72, "EF": 3}))[1]["warnings"]
+    for control, warning in zip(("image", "shifted"), two, strict=True):
+        assert (
+            f"SC of structure, mean over strides, 0.70, does not clear that of the control {control}, 0.7" in warning
+        )
+    close = SC * [[1], [1.55], [1]]  # means of 0.7 and 0.698
+    (lead,) = choose(write_run(tmp_path, sc=close, spread=0.05))[1]["warnings"]
+    assert "of the resamples choose the same master: its lead, 0.00" in lead
+    (tmp_path / "checkpoint.pt").touch()
+    choose(tmp_path, "--stride", "32")
+    assert f"next: python 04_train.py --run {tmp_path} --out {tmp_path}_os32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["master", "auxiliary", "stride"])

@@ -167,9 +167,13 @@ def test_training_and_evaluation_too_early_name_the_command(stage, extract, data
     stage("01_extract", "--run", tmp_path / "toy", "--data", data, "--limit", 1, "--size", "32")
     with pytest.raises(UserError, match="selection.json is missing: run `python 03_select.py"):
         stage("04_train", "--run", tmp_path / "toy")
-    extract()
     with pytest.raises(UserError, match="checkpoint.pt is missing: run `python 04_train.py"):
+        stage("05_eval", "--run", tmp_path / "toy")
+    extract()
+    with pytest.raises(UserError, match="pictures without labels, nothing is trained on them"):
         stage("05_eval", "--run", tmp_path / "run")
+    with pytest.raises(UserError, match="the run folder .*nowhere is missing: .*--images"):
+        stage("02_metrics", "--run", tmp_path / "nowhere")
 
 
 def test_a_mistake_is_one_line_and_no_stack_trace(tmp_path):
