@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from common import figures, run
+from common.datasets import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
+from common.encoders import ENCODERS, load_encoder, weights_origin
+from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
+
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-
-from common import figures, run
-from common.datasets import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
-from common.encoders import ENCODERS, load_encoder, weights_origin
-from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
 
 KINDS = ", ".join(ENCODERS)
 PACKAGES = ("torch", "torchvision", "timm", "sam2", "transformers", "numpy")

@@ -18,16 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
 from common import run
 from common.datasets import read_image, resize_image
 from common.encoders import STRIDES, pyramid
 from common.figures import draw_edges, draw_profiles
 from common.run import CORES, DEVICES, flag, need, positive, whole
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 CONTROLS = ("noise", "image", "shifted")
 SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "EF_CC")

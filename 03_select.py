@@ -17,11 +17,11 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from common import run
 from common.figures import draw_profiles
 from common.run import RESAMPLES, UserError, flag, need, whole
+
+import numpy as np
 
 CLEAR = 0.975  # the share of resamples in which a winner must exceed its control
 AGREE = 0.9  # the share of resamples that must choose the same

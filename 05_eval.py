@@ -21,6 +21,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import datasets, figures, run
+from common.datasets import BENCHMARKS, compact, count_pairs, working_size
+from common.model import PADDING, build_model
+from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,11 +37,6 @@ from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-
-from common import datasets, figures, run
-from common.datasets import BENCHMARKS, compact, count_pairs, working_size
-from common.model import PADDING, build_model
-from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
 
 
 # ------------------------------------------------------------------ settings

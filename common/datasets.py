@@ -23,6 +23,9 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from common import toycity
+from common.run import UserError, need
+
 import numpy as np
 import torch
 import torchvision
@@ -30,9 +33,6 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from torch.utils.data import Dataset
-
-from common import toycity
-from common.run import UserError, need
 
 # What Pillow cannot read here, perhaps .heic, is named as unreadable.
 PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from common.run import UserError, need
+
 import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sam2.modeling.backbones.hieradet import Hiera
-
-from common.run import UserError, need
 
 STRIDES = (4, 8, 16, 32)
 

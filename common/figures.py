@@ -3,13 +3,13 @@
 import matplotlib
 
 matplotlib.use("Agg")
+from common import run
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.patches import Patch
-
-from common import run
 
 plt.rc("figure", dpi=120)
 plt.rc("figure.constrained_layout", use=True)

@@ -5,12 +5,12 @@ images [B, 3, H, W] -> FusedPyramid -> maps at output strides 4, 8, 16, 32
                     -> transformer decoder -> for each query, class logits and a mask at output stride 4
 """
 
+from common.encoders import STRIDES, level, load_encoder, nearest_stride
+
 import torch
 from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
-
-from common.encoders import STRIDES, level, load_encoder, nearest_stride
 
 LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
 PADDING = 128 / 255  # grey, as detectron2 pads pictures below and to the right

@@ -8,10 +8,10 @@ import importlib
 import signal
 import sys
 
+from common import toycity
+
 import pytest
 import torch
-
-from common import toycity
 
 
 @pytest.fixture(scope="session")

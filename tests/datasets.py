@@ -6,13 +6,13 @@ Each function writes a few scenes below `root`, the data set's folder, and retur
 
 import json
 
+from common import toycity
+from common.datasets import CITYSCAPES, SYNTHIA
+
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 from test_pictures import png16
-
-from common import toycity
-from common.datasets import CITYSCAPES, SYNTHIA
 
 NAMES = {raw: name for raw, name, _ in CITYSCAPES}
 THINGS = (24, 26, 27)

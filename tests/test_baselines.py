@@ -2,10 +2,10 @@
 
 import importlib
 
+from common.datasets import open_split
+
 import baselines
 import pytest
-
-from common.datasets import open_split
 
 stage5 = importlib.import_module("05_eval")
 

@@ -5,17 +5,17 @@ import importlib
 import json
 import pickle
 
+from common import datasets as readers
+from common import toycity
+from common.datasets import BENCHMARKS, CITYSCAPES, TOYCITY, open_split, resize_image
+from common.run import UserError
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
-
-from common import datasets as readers
-from common import toycity
-from common.datasets import BENCHMARKS, CITYSCAPES, TOYCITY, open_split, resize_image
-from common.run import UserError
 
 stage4 = importlib.import_module("04_train")
 

@@ -6,14 +6,14 @@ import pickle
 import socket
 import time
 
+from common import encoders
+from common.encoders import ENCODERS, Encoder, find_encoder, load_encoder, pyramid, weights_origin
+from common.run import UserError
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-
-from common import encoders
-from common.encoders import ENCODERS, Encoder, find_encoder, load_encoder, pyramid, weights_origin
-from common.run import UserError
 
 BIG = ["dinov3_b", "dinov3_l", "sam2_b", "sam2_l"]
 

@@ -2,10 +2,10 @@
 
 import importlib
 
+from common.model import PADDING
+
 import torch
 import torch.nn.functional as F
-
-from common.model import PADDING
 
 stage5 = importlib.import_module("05_eval")
 

@@ -4,6 +4,11 @@ import dataclasses
 import importlib
 import json
 
+from common import run
+from common.datasets import BENCHMARKS, CITYSCAPES_THINGS, open_split
+from common.model import build_model
+from common.run import UserError
+
 import datasets
 import numpy as np
 import pytest
@@ -13,11 +18,6 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_scores import official, official_instance_ap, pixel_tool, same  # noqa: F401  official is a fixture
-
-from common import run
-from common.datasets import BENCHMARKS, CITYSCAPES_THINGS, open_split
-from common.model import build_model
-from common.run import UserError
 
 stage4, stage5 = importlib.import_module("04_train"), importlib.import_module("05_eval")
 

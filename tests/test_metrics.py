@@ -4,6 +4,8 @@ import csv
 import importlib
 import json
 
+from common import run
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import silhouette_samples, silhouette_score
-
-from common import run
 
 metrics = importlib.import_module("02_metrics")
 

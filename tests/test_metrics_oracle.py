@@ -2,6 +2,8 @@
 
 import importlib
 
+from common import toycity
+
 import ground_truth
 import numpy as np
 import pytest
@@ -13,8 +15,6 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
-
-from common import toycity
 
 metrics = importlib.import_module("02_metrics")
 

@@ -2,11 +2,11 @@
 
 import copy
 
-import pytest
-import torch
-
 from common.encoders import STRIDES, load_encoder
 from common.model import FusedModel, FusedPyramid
+
+import pytest
+import torch
 
 SMALL = {"width": 32, "queries": 8, "encoder_layers": 1, "decoder_layers": 2, "heads": 4, "points": 64}
 WIDTHS = (32, 32, 32, 32)

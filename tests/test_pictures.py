@@ -5,14 +5,14 @@ import os
 import struct
 import zlib
 
+from common import run, toycity
+from common.datasets import list_pictures, read_image
+from common.run import UserError
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from common import run, toycity
-from common.datasets import list_pictures, read_image
-from common.run import UserError
 
 SCENE = toycity.scene("val", 60)[0][100:292, 300:556]  # uint8 [192, 256, 3]
 

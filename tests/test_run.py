@@ -4,11 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from common import run
 from common.run import UserError, flag, positive
+
+import numpy as np
+import pytest
 
 
 @dataclass

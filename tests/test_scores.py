@@ -3,6 +3,8 @@
 import importlib
 import json
 
+from common.datasets import CITYSCAPES, CITYSCAPES_THINGS
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,6 @@ from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as in
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as pixel_tool
 from PIL import Image
 from scipy import ndimage
-
-from common.datasets import CITYSCAPES, CITYSCAPES_THINGS
 
 stage5 = importlib.import_module("05_eval")
 THING_IDS = {name: raw for raw, name, _ in CITYSCAPES_THINGS}

@@ -5,10 +5,10 @@ import importlib
 import json
 import sys
 
+from common import run
+
 import numpy as np
 import pytest
-
-from common import run
 
 metrics = importlib.import_module("02_metrics")
 selection = importlib.import_module("03_select")
@@ -115,9 +115,7 @@ def test_warnings(tmp_path, choose, capsys):
     assert "EF of structure at OS 16, 30.00, does not clear" in warning
     two = choose(write_run(tmp_path, spread=0.05, noise={"SC": 0.72, "EF": 3}))[1]["warnings"]
     for control, warning in zip(("image", "shifted"), two, strict=True):
-        assert (
-            f"SC of structure, mean over strides, 0.70, does not clear that of the control {control}, 0.7" in warning
-        )
+        assert f"SC of structure, mean over strides, 0.70, does not clear that of the control {control}, 0.7" in warning
     close = SC * [[1], [1.55], [1]]  # means of 0.7 and 0.698
     (lead,) = choose(write_run(tmp_path, sc=close, spread=0.2))[1]["warnings"]
     assert "of the resamples choose the same master: its lead, 0.0" in lead

@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+from common import run, toycity
+from common.encoders import load_encoder
+from common.run import UserError
+
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from common import run, toycity
-from common.encoders import load_encoder
-from common.run import UserError
 
 ROOT = Path(__file__).parents[1]
 

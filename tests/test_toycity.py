@@ -2,13 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from common import toycity
+from common.toycity import CAR, PERSON, TRUCK
+
 import numpy as np
 import pytest
 from PIL import Image
 from pretrain_tiny import PRETRAIN
-
-from common import toycity
-from common.toycity import CAR, PERSON, TRUCK
 
 STUFF = {toycity.ROAD, toycity.SIDEWALK, toycity.BUILDING, toycity.POLE, toycity.VEGETATION, toycity.SKY}
 THINGS = {PERSON, CAR, TRUCK}

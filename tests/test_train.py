@@ -9,16 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+from common import run
+from common.datasets import BENCHMARKS, open_split
+from common.model import LOSS_WEIGHTS, PADDING, build_model
+from common.run import UserError
+
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as rle
 from torch.utils.data import DataLoader, Dataset
-
-from common import run
-from common.datasets import BENCHMARKS, open_split
-from common.model import LOSS_WEIGHTS, PADDING, build_model
-from common.run import UserError
 
 ROOT = Path(__file__).parents[1]
 

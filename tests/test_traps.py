@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import run, toycity
+from common.datasets import encode_mask, list_pictures, open_split, run_lengths
+from common.run import UserError
+
 import datasets
 import numpy as np
 import pytest
@@ -15,10 +19,6 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 from safetensors.torch import load_file
-
-from common import run, toycity
-from common.datasets import encode_mask, list_pictures, open_split, run_lengths
-from common.run import UserError
 
 ROOT = Path(__file__).parents[1]
 stage1, stage4, stage5 = (importlib.import_module(name) for name in ("01_extract", "04_train", "05_eval"))

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from test_train import RECIPE, Shapes, build, stage4, train, training_for  # noqa: E402
-
 from common import run  # noqa: E402
+
+from test_train import RECIPE, Shapes, build, stage4, train, training_for  # noqa: E402
 
 SMALL = dataclasses.replace(RECIPE, batch=4, steps=3)
 
