@@ -18,6 +18,7 @@ from scipy import ndimage
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import run  # noqa: E402
 from common.datasets import open_split  # noqa: E402
 from common.model import build_model  # noqa: E402
 
@@ -92,8 +93,9 @@ def main():
     rows = {"untrained": untrained(settings, val), "colour and position": per_pixel(train, val)}
     numbers = {name: stage5.headline(results, val.categories) for name, results in rows.items()}
     numbers["trained"] = json.loads((args.run / "results.json").read_text())["benchmarks"]["toycity"]["scores"]
-    table = [["", *numbers["trained"]], *([name, *(f"{v:.1f}" for v in row.values())] for name, row in numbers.items())]
-    print(stage5.markdown(table))
+    table = [["", *numbers["trained"]]]
+    table += [[name, *map(run.number, row.values())] for name, row in numbers.items()]
+    print(run.table(table))
 
 
 if __name__ == "__main__":

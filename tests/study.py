@@ -6,7 +6,6 @@ Where runs are alike in all but the injected stride, images and steps included, 
 table sets the gain over no fusion beside the EF at that stride, from three strides on with Spearman's rho.
 """
 
-import importlib
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +14,6 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run  # noqa: E402
-
-stage5 = importlib.import_module("05_eval")
 
 
 def read(folder: Path) -> tuple:
@@ -64,7 +61,7 @@ def table(base: dict, entries: list, auxiliary: str, score: str) -> str:
         rhos = [stats.spearmanr(efs, c).statistic if len(set(c)) > 1 else None for c in columns]
         rows.append(["rho", "", *("-" if rho is None else f"{rho:.2f}" for rho in rhos)])
     title = f"{auxiliary} injected into {entries[0][2]['master']}, against the master alone; rho: Spearman's\n"
-    return f"{title}\n{stage5.markdown(rows)}"
+    return f"{title}\n{run.table(rows)}"
 
 
 if __name__ == "__main__":
