@@ -109,7 +109,7 @@ def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
     for query, label in enumerate(labels):
         own = masks[query] >= 0.5
         region = own & (owner == query)
-        if region.sum() == 0 or region.sum() < kept * own.sum():
+        if not region.any() or region.sum() < kept * own.sum():
             continue
         if label in things or label not in id_of:  # stuff of one class is one segment
             segments.append({"id": len(segments) + 1, "label": label})
@@ -126,14 +126,14 @@ def evaluate(model, samples, size, settings, indices, submission=None):
     """
     if submission:
         shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
-    categories, coco_panoptic = samples.categories, []
-    ids = torch.tensor([category.id for category in categories])  # by label
-    things = [label for label, category in enumerate(categories) if category.isthing]
-    thing_ids = {category.name: category.id for category in categories if category.isthing}
+    categories, of_panoptic = samples.categories, []
+    ids = torch.tensor([c.id for c in categories])  # by label
+    things = [label for label, c in enumerate(categories) if c.isthing]
+    thing_ids = {c.name: c.id for c in categories if c.isthing}
     scores = {
-        "mIoU": SemanticScore([category.name for category in categories]),
+        "mIoU": SemanticScore([c.name for c in categories]),
         "AP": CocoInstanceScore(samples.coco.file) if samples.coco else CityscapesInstanceScore(thing_ids),
-        "PQ": PanopticScore([category._asdict() for category in categories]),
+        "PQ": PanopticScore([c._asdict() for c in categories]),
     }
     scores = {MEASURES[measure]: scores[measure] for measure in samples.measures}
     helpers = {"num_workers": settings.workers, "worker_init_fn": run.ignore_signals}
@@ -155,9 +155,9 @@ def evaluate(model, samples, size, settings, indices, submission=None):
         for task, score in scores.items():
             score.update(*found[task], *sample["truth"][task])
         if submission:
-            coco_panoptic.append(save_predictions(submission, sample, found, ids))
+            of_panoptic.append(save_predictions(submission, sample, found, ids))
     if submission and "panoptic" in scores:
-        run.write_json(submission / "panoptic.json", {"annotations": coco_panoptic})
+        run.write_json(submission / "panoptic.json", {"annotations": of_panoptic})
     if submission and samples.coco and "instance" in scores:
         run.write_json(submission / "instances.json", scores["instance"].detections)
     return {task: score.result() for task, score in scores.items()}
@@ -230,7 +230,7 @@ def painted(masks, image):
 def headline(results, categories):
     """The numbers that a reader compares, in percent; mIoU_th is that of the things, where there is stuff as well."""
     numbers = {name: value for result in results.values() for name, value in result.items()}
-    things = [category.name for category in categories if category.isthing]
+    things = [c.name for c in categories if c.isthing]
     if "semantic" in results and 0 < len(things) < len(categories):
         numbers["mIoU_th"] = mean([results["semantic"]["per_class"][name] for name in things])
     if categories == datasets.KITTI360_THINGS:  # it counts buildings, hardly anyone else does
@@ -239,21 +239,29 @@ def headline(results, categories):
     return {name: numbers[name] for name in HEADLINE if name in numbers}
 
 
-def report(samples, trained, entry):
-    """What the model is, how it does, beside the paper's number, and class by class."""
-    name, fusion = trained["benchmark"], "alone"
-    benchmark, steps = BENCHMARKS[name], trained["recipe"]["steps"]
-    if trained["fusion"] != "none":
-        fusion = f"{trained['auxiliary']} at stride {trained['stride']}, fusion {trained['fusion']}"
-    title = f"{trained['master']}, {fusion}, {steps} steps on {benchmark.trains_on}, seed {trained['seed']}; percent"
-    title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in trained["weights"].items() if w == "none")
-    where = f"{name}, {entry['images']} of {len(samples)} images"
-    where += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}"
-    scores = run.table([list(entry["scores"]), list(map(run.number, entry["scores"].values()))])
+def report(path, samples, trained, entry):
+    """Write <path>.json and .md, whose text is returned: the model, its scores beside the paper's, and by class."""
+    benchmark = BENCHMARKS[trained["benchmark"]]
+    keys = ["benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights"]
+    model = {key: trained[key] for key in keys} | {"steps": trained["recipe"]["steps"]}
+    run.write_json(Path(f"{path}.json"), {"model": model, "benchmarks": {trained["benchmark"]: entry}})
+
+    text = "{master}, {auxiliary} at stride {stride}, fusion {fusion}".format(**model)
+    if model["fusion"] == "none":
+        text = f"{model['master']}, alone"
+    text += f", {model['steps']} steps on {benchmark.trains_on}, seed {model['seed']}; percent"
+    for encoder, weights in model["weights"].items():
+        text += f"; RANDOM WEIGHTS at the start: {encoder}" if weights == "none" else ""
+    text += f"\n\n{model['benchmark']}, {entry['images']} of {len(samples)} images"
+    text += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}\n\n"
+    text += run.table([list(entry["scores"]), list(map(run.number, entry["scores"].values()))])
     columns = [entry[MEASURES[measure]]["per_class"] for measure in benchmark.measures]
     rows = [["class", *(measure.removeprefix("m") for measure in benchmark.measures)]]
     rows += [[name, *(run.number(column.get(name)) for column in columns)] for name in columns[0]]
-    return f"{title}\n\n{where}\n\n{scores}\n{run.table(rows)}"
+    text += f"\n{run.table(rows)}"
+    with run.whole_file(Path(f"{path}.md")) as temporary:
+        temporary.write_text(text)
+    return text
 
 
 def compare(folders):
@@ -264,13 +272,14 @@ def compare(folders):
             results = run.read_stage(folder, "results.json", "05_eval.py")
             ((benchmark, entry),) = results["benchmarks"].items()
             model, scores = results["model"], entry["scores"]
-            pair, modes = [model["auxiliary"], str(model["stride"])], f"{model['master_mode']}/{model['aux_mode']}"
+            pair = [model["auxiliary"], str(model["stride"])]
+            fusion = "{fusion} {master_mode}/{aux_mode}".format(**model)
             if model["fusion"] == "none":
-                pair, modes = ["-", "-"], model["master_mode"]
-            what = [folder.resolve().name, benchmark, model["master"], *pair]
-            what = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in what]
-            numbers = [run.number(scores.get(name)) for name in ("mIoU", "boundary_mIoU", "AP", "PQ")]
-            row = [*what, f"{model['fusion']} {modes}", str(model["steps"]), *numbers]
+                pair, fusion = ["-", "-"], f"none {model['master_mode']}"
+            row = [folder.resolve().name, benchmark, model["master"], *pair]
+            row = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in row]
+            row += [fusion, str(model["steps"])]
+            row += [run.number(scores.get(name)) for name in ("mIoU", "boundary_mIoU", "AP", "PQ")]
             runs.append((benchmark, int(model["stride"]), row))
             best[benchmark].append(scores)
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
@@ -320,10 +329,10 @@ def draw_folder(model, trained, settings):
 
 def main():
     settings = run.parse(__doc__, Settings)
-    folder, scored = settings.run, settings.limit or settings.save_predictions
+    folder, elsewhere = settings.run, settings.images or settings.compare
     need(not (settings.images and settings.compare), "--images and --compare are two things: give one")
     wrong = "--limit and --save-predictions go with an evaluation, not with --images or --compare"
-    need(not (scored and (settings.images or settings.compare)), wrong)
+    need(not (elsewhere and (settings.limit or settings.save_predictions)), wrong)
     if settings.compare:
         print(compare(settings.compare))
         return
@@ -333,29 +342,26 @@ def main():
         draw_folder(model.to(settings.device).eval(), trained, settings)
         return
 
-    benchmark, steps = trained["benchmark"], trained["recipe"]["steps"]
+    benchmark, recipe = trained["benchmark"], trained["recipe"]
     samples = datasets.open_split(benchmark, settings.data or Path(asked["data"]), "val")
-    fits = [category.name for category in samples.categories] == trained["class_names"]
+    fits = [c.name for c in samples.categories] == trained["class_names"]
     need(fits, f"the model was trained on other classes than those of {samples.root}")
     indices = run.evenly_spaced(range(len(samples)), settings.limit or len(samples))
     some = f"_limit{len(indices)}" if len(indices) < len(samples) else ""  # never takes the place of all
     submission = folder / f"submission{some}" / benchmark if settings.save_predictions else None
-    results = evaluate(model, samples, trained["recipe"]["test_size"], settings, indices, submission)
+    results = evaluate(model, samples, recipe["test_size"], settings, indices, submission)
 
     entry = {"images": len(indices), "scores": headline(results, samples.categories), **results}
-    keys = ["benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights"]
-    what = {key: trained[key] for key in keys} | {"steps": steps}
-    run.write_json(folder / f"results{some}.json", {"model": what, "benchmarks": {benchmark: entry}})
-    text = report(samples, trained, entry)
-    with run.whole_file(folder / f"results{some}.md") as temporary:
-        temporary.write_text(text)
+    text = report(folder / f"results{some}", samples, trained, entry)
     rows = [drawing(model, trained, samples[i], settings.device) for i in run.evenly_spaced(indices, 3)]
     figures.draw_predictions(folder / f"predictions{some}.png", rows, trained["class_names"])
     saved = f", submission{some}/" if submission else ""
     print(f"\n{text}\nwrote results{some}.json, results{some}.md, predictions{some}.png{saved} in {folder}")
-    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(steps))
-    alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
-    print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")
+    advice = "python 05_eval.py --compare runs/*"
+    if trained["fusion"] != "none":
+        flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(recipe["steps"]))
+        advice = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
+    print(f"next: {advice}")
 
 
 # ------------------------------------------------------------------ scores
@@ -387,8 +393,8 @@ class SemanticScore:
     def is_boundary(labels):
         """Pixels with another label, or the image's end, at most 2 % of the diagonal away in both axes: bool [H, W]."""
         window = 2 * max(1, round(0.02 * np.hypot(*labels.shape))) + 1
-        highest = ndimage.maximum_filter(labels, window, mode="constant", cval=255)  # beyond the end: no class
-        return highest != ndimage.minimum_filter(labels, window, mode="constant", cval=255)
+        around = {"size": window, "mode": "constant", "cval": 255}  # beyond the end: no class
+        return ndimage.maximum_filter(labels, **around) != ndimage.minimum_filter(labels, **around)
 
     def result(self):
         """mIoU, boundary_mIoU and per_class (IoU) in percent; a class absent from the truth is NaN and left out."""
@@ -429,9 +435,10 @@ class CityscapesInstanceScore:
             lines = mask.any(1)  # most masks are small: the lines without them are passed over
             row[:] = np.bincount(*(pixels[lines][mask[lines]] for pixels in maps), minlength=len(values))
 
-        surest_first = np.argsort(-scores.double().numpy(), kind="stable")
-        kept = surest_first[~np.isclose(overlap.sum(1), 0)[surest_first]]
-        labels, scores, overlap = labels.numpy()[kept], scores.double().numpy()[kept], overlap[kept]
+        labels, scores = labels.numpy(), scores.double().numpy()
+        order = np.argsort(-scores, kind="stable")  # the surest first, without those of no area
+        order = order[~np.isclose(overlap[order].sum(1), 0)]
+        labels, scores, overlap = labels[order], scores[order], overlap[order]
         area, values = overlap.sum(1), np.array(values)
         classes = np.where(values >= 1000, values // 1000, values)
         classes[classes == 34] = 11  # KITTI-360's garages are buildings
@@ -541,16 +548,16 @@ class PanopticScore:
         """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; NaN, and left out, is a class that
         neither truth nor predictions hold: as in panopticapi, predictions of a class that is not there count."""
         table = np.full((len(self.categories), 3), np.nan)
-        for row, category in zip(table, self.categories, strict=True):
-            matches, segments = self.matches[category["id"]], self.segments[category["id"]]
+        for row, c in zip(table, self.categories, strict=True):
+            matches, segments = self.matches[c["id"]], self.segments[c["id"]]
             if segments:
-                sq, rq = 100 * self.iou[category["id"]] / max(matches, 1), 200 * matches / segments
+                sq, rq = 100 * self.iou[c["id"]] / max(matches, 1), 200 * matches / segments
                 row[:] = sq * rq / 100, sq, rq
-        things = np.array([bool(category["isthing"]) for category in self.categories])
-        per_class = {category["name"]: pq for category, pq in zip(self.categories, table[:, 0].tolist(), strict=True)}
-        pq, sq, rq = map(mean, table.T)
-        groups = {"PQ_th": mean(table[things, 0]), "PQ_st": mean(table[~things, 0])}
-        return {"PQ": pq, "SQ": sq, "RQ": rq, **groups, "per_class": per_class}
+        result = dict(zip(("PQ", "SQ", "RQ"), map(mean, table.T), strict=True))
+        things = np.array([bool(c["isthing"]) for c in self.categories])
+        result |= {"PQ_th": mean(table[things, 0]), "PQ_st": mean(table[~things, 0])}
+        names = [c["name"] for c in self.categories]
+        return result | {"per_class": dict(zip(names, table[:, 0].tolist(), strict=True))}
 
 
 if __name__ == "__main__":
