@@ -432,8 +432,9 @@ class CityscapesInstanceScore:
         true_area = np.bincount(*(pixels.ravel() for pixels in maps))  # [V]
         overlap = np.zeros((len(masks), len(values)))
         for mask, row in zip(masks.numpy(), overlap, strict=True):
-            lines = mask.any(1)  # most masks are small: the lines without them are passed over
-            row[:] = np.bincount(*(pixels[lines][mask[lines]] for pixels in maps), minlength=len(values))
+            lines = np.flatnonzero(mask.any(1))  # few, mostly: the others are passed over
+            part = slice(lines.min(initial=len(mask)), lines.max(initial=0) + 1)
+            row[:] = np.bincount(*(pixels[part][mask[part]] for pixels in maps), minlength=len(values))
 
         labels, scores = labels.numpy(), scores.double().numpy()
         order = np.argsort(-scores, kind="stable")  # the surest first, without those of no area
