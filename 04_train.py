@@ -21,6 +21,12 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from common import figures, run
+from common.datasets import BENCHMARKS, open_split, working_size
+from common.encoders import weights_origin
+from common.model import LOSS_WEIGHTS, PADDING, build_model
+from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -36,12 +42,6 @@ try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None
-
-from common import figures, run
-from common.datasets import BENCHMARKS, open_split, working_size
-from common.encoders import weights_origin
-from common.model import LOSS_WEIGHTS, PADDING, build_model
-from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
 
 # torchrun starts WORLD processes, of which this one is number RANK; without it there is one.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -77,7 +77,7 @@ def predict(model, image, size, device):
 
 def semantic(class_probabilities, masks):
     """Class of each pixel, int64 [H, W]: every query votes for its classes where its mask is."""
-    return torch.einsum("qc,qhw->chw", class_probabilities[:, :-1], masks).argmax(0)
+    return torch.einsum("qc,qhw->chw", class_probabilities[:, :-1], masks).argmax(0).cpu()
 
 
 def instances(class_probabilities, masks, things, top=100):
@@ -92,7 +92,7 @@ def instances(class_probabilities, masks, things, top=100):
     queries, labels, scores = queries[thing], labels[thing], scores[thing]
     binary = masks > 0.5  # [Q, H, W]; made once, a query may appear with several classes
     quality = (masks * binary).sum((1, 2)) / binary.sum((1, 2)).clamp(min=1)
-    return binary[queries], labels, scores * quality[queries]
+    return binary[queries].cpu(), labels.cpu(), (scores * quality[queries]).cpu()
 
 
 def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
@@ -110,13 +110,13 @@ def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
     for query, label in enumerate(labels):
         own = masks[query] >= 0.5
         region = own & (owner == query)
-        if region.sum() == 0 or region.sum() < kept * own.sum():
+        if not region.any() or region.sum() < kept * own.sum():
             continue
         if label in things or label not in id_of:  # stuff of one class is one segment
             segments.append({"id": len(segments) + 1, "label": label})
             id_of[label] = len(segments)
         ids[region] = id_of[label]
-    return ids, segments
+    return ids.cpu(), segments
 
 
 # ------------------------------------------------------------------ evaluation
@@ -127,14 +127,14 @@ def evaluate(model, samples, size, settings, indices, submission=None):
     """
     if submission:
         shutil.rmtree(submission, ignore_errors=True)  # of an earlier model
-    categories, coco_panoptic = samples.categories, []
-    ids = torch.tensor([category.id for category in categories])  # by label
-    things = [label for label, category in enumerate(categories) if category.isthing]
-    thing_ids = {category.name: category.id for category in categories if category.isthing}
+    categories, of_panoptic = samples.categories, []
+    ids = torch.tensor([c.id for c in categories])  # by label
+    things = [label for label, c in enumerate(categories) if c.isthing]
+    thing_ids = {c.name: c.id for c in categories if c.isthing}
     scores = {
-        "mIoU": SemanticScore([category.name for category in categories]),
+        "mIoU": SemanticScore([c.name for c in categories]),
         "AP": CityscapesInstanceScore(thing_ids, samples.beside),
-        "PQ": PanopticScore([category._asdict() for category in categories]),
+        "PQ": PanopticScore([c._asdict() for c in categories]),
     }
     if samples.coco and "AP" in samples.measures:
         scores["AP"] = CocoInstanceScore(samples.coco.file)
@@ -145,21 +145,21 @@ def evaluate(model, samples, size, settings, indices, submission=None):
         predicted = predict(model, sample["image"], size, settings.device)
         found = {}  # by task, what its score takes before the truth
         if "semantic" in scores:
-            found["semantic"] = (semantic(*predicted).cpu(),)
+            found["semantic"] = [semantic(*predicted)]
         if "instance" in scores:
-            masks, labels, confidence = (part.cpu() for part in instances(*predicted, things))
-            found["instance"] = masks, ids[labels], confidence
+            masks, labels, confidence = instances(*predicted, things)
+            of_image = [sample["image_id"]] if samples.coco else []
+            found["instance"] = [*of_image, masks, ids[labels], confidence]
         if "panoptic" in scores:
             segment_ids, segments = panoptic(*predicted, things)
             segments = [{"id": s["id"], "category_id": int(ids[s["label"]])} for s in segments]
-            found["panoptic"] = segment_ids.cpu(), segments
+            found["panoptic"] = [segment_ids, segments]
         for task, score in scores.items():
-            of_image = [sample["image_id"]] if samples.coco and task == "instance" else []
-            score.update(*of_image, *found[task], *sample["truth"][task])
+            score.update(*found[task], *sample["truth"][task])
         if submission:
-            coco_panoptic.append(save_predictions(submission, sample, found, ids))
+            of_panoptic.append(save_predictions(submission, sample, found, ids))
     if submission and "panoptic" in scores:
-        run.write_json(submission / "panoptic.json", {"annotations": coco_panoptic})
+        run.write_json(submission / "panoptic.json", {"annotations": of_panoptic})
     if submission and samples.coco and "instance" in scores:
         run.write_json(submission / "instances.json", scores["instance"].detections)
     return {task: score.result() for task, score in scores.items()}
@@ -167,30 +167,30 @@ def evaluate(model, samples, size, settings, indices, submission=None):
 
 def save_predictions(folder, sample, found, ids):
     """An image's predictions in Cityscapes' form and as COCO's panoptic PNG, whose entry in the JSON is returned."""
-    name = Path(sample["name"])
-    stem = name.with_suffix("").as_posix().replace("/", "__")
+    name = Path(sample["name"]).with_suffix("")
+    stem = name.as_posix().replace("/", "__")
     if stem.endswith("_leftImg8bit"):  # Cityscapes looks for <city>_<sequence>_<frame>*
-        stem = name.stem.removesuffix("_leftImg8bit")
+        stem = name.name.removesuffix("_leftImg8bit")
     entry = {"image_id": sample["image_id"], "file_name": f"{stem}.png"}
     if "semantic" in found:
         save_png(folder / f"semantic/{stem}.png", ids[found["semantic"][0]].numpy())
     if "instance" in found and "rles" not in sample:  # COCO's go into one JSON
         save_instances(folder / "instance", stem, *found["instance"])
     if "panoptic" in found:
-        segment_ids, entry["segments_info"] = found["panoptic"]  # an id is R + 256 G + 65536 B
-        colours = torch.stack([segment_ids >> shift & 255 for shift in (0, 8, 16)], -1)
-        save_png(folder / f"panoptic/{stem}.png", colours.numpy())
+        segment_ids, entry["segments_info"] = found["panoptic"]
+        colours = segment_ids.numpy().astype("<u4")[..., None].view(np.uint8)[..., :3]  # R + 256 G + 65536 B
+        save_png(folder / f"panoptic/{stem}.png", colours)
     return entry
 
 
 def save_instances(folder, stem, masks, label_ids, scores):
     """Cityscapes' form: <stem>.txt with a line for each mask: its file, label id and confidence."""
-    lines = []
+    text = ""
     for i, (mask, label, score) in enumerate(zip(masks, label_ids.tolist(), scores.tolist(), strict=True)):
         save_png(folder / f"{stem}_{i:03}.png", 255 * mask.numpy())
-        lines.append(f"{stem}_{i:03}.png {label} {score}\n")
+        text += f"{stem}_{i:03}.png {label} {score}\n"
     with run.whole_file(folder / f"{stem}.txt") as temporary:
-        temporary.write_text("".join(lines))
+        temporary.write_text(text)
 
 
 def save_png(path, pixels):
@@ -202,22 +202,19 @@ def save_png(path, pixels):
 # ------------------------------------------------------------------ report
 def drawing(model, trained, sample, device):
     """A row of predictions.png: the image, its truth if it has one, and the prediction (things above 0.5)."""
-    image, drawings = sample["image"], []
-    if "rles" in sample:
-        true_masks = torch.from_numpy(np.array([rle.decode(code) for code in sample["rles"]], bool))
-        drawings = [("truth", painted(true_masks, image), sample["labels"].tolist())]
-    elif "segments" in sample:
-        drawings = [("truth", sample["segments"], sample["labels"].tolist())]
-    things = [label for label, isthing in enumerate(trained["isthing"]) if isthing]
+    image, task, drawings = sample["image"], BENCHMARKS[trained["benchmark"]].task, []
+    if "labels" in sample:
+        ids = painted(map(rle.decode, sample["rles"]), image) if "rles" in sample else sample["segments"]
+        drawings = [("truth", ids, sample["labels"].tolist())]
+    things = np.flatnonzero(trained["isthing"]).tolist()
     predicted = predict(model, image, trained["recipe"]["test_size"], device)
-    task = BENCHMARKS[trained["benchmark"]].task
     if task == "semantic":
-        ids, labels = semantic(*predicted).cpu() + 1, list(range(len(trained["class_names"])))
+        ids, labels = semantic(*predicted) + 1, range(len(trained["class_names"]))
     elif task == "panoptic":
         ids, segments = panoptic(*predicted, things)
-        ids, labels = ids.cpu(), [segment["label"] for segment in segments]
+        labels = [segment["label"] for segment in segments]
     else:
-        masks, labels, confidence = (part.cpu() for part in instances(*predicted, things))
+        masks, labels, confidence = instances(*predicted, things)
         order = confidence.argsort()  # the surest on top
         order = order[confidence[order] > 0.5]
         ids, labels = painted(masks[order], image), labels[order].tolist()
@@ -225,17 +222,17 @@ def drawing(model, trained, sample, device):
 
 
 def painted(masks, image):
-    """Masks, bool [N, H, W], that may overlap, one over the other, as segment ids int [H, W]."""
+    """Masks [H, W] that may overlap, one over the other, as segment ids int32 [H, W]."""
     ids = torch.zeros(image.shape[1:], dtype=torch.int32)
     for i, mask in enumerate(masks, 1):
-        ids[mask] = i
+        ids[torch.as_tensor(mask, dtype=torch.bool)] = i
     return ids
 
 
 def headline(results, categories):
     """The numbers that a reader compares, in percent; mIoU_th is that of the things, where there is stuff as well."""
-    numbers = {name: value for result in results.values() for name, value in result.items() if name != "per_class"}
-    things = [category.name for category in categories if category.isthing]
+    numbers = {name: value for result in results.values() for name, value in result.items()}
+    things = [c.name for c in categories if c.isthing]
     if "semantic" in results and 0 < len(things) < len(categories):
         numbers["mIoU_th"] = mean([results["semantic"]["per_class"][name] for name in things])
     if categories == datasets.KITTI360_THINGS:  # the paper's AP is Cityscapes' eight things'
@@ -244,49 +241,59 @@ def headline(results, categories):
     return {name: numbers[name] for name in HEADLINE if name in numbers}
 
 
-def report(samples, trained, entry):
-    """What the model is, how it does, beside the paper's number, and class by class."""
-    benchmark, steps = BENCHMARKS[trained["benchmark"]], trained["recipe"]["steps"]
-    fusion = f"{trained['auxiliary']} at stride {trained['stride']}, fusion {trained['fusion']}"
-    fusion = "alone" if trained["fusion"] == "none" else fusion
-    title = f"{trained['master']}, {fusion}, {steps} steps on {benchmark.trains_on}, seed {trained['seed']}; percent"
-    title += "".join(f"; RANDOM WEIGHTS at the start: {e}" for e, w in trained["weights"].items() if w == "none")
-    where = f"{trained['benchmark']}, {entry['images']} of {len(samples)} images"
-    where += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}"
-    scores = run.table([list(entry["scores"]), [run.number(value) for value in entry["scores"].values()]])
-    by_class = {m.removeprefix("m"): entry[MEASURES[m]]["per_class"] for m in benchmark.measures}
-    names = dict.fromkeys(name for column in by_class.values() for name in column)
-    rows = [[name, *(run.number(column.get(name)) for column in by_class.values())] for name in names]
-    return f"{title}\n\n{where}\n\n{scores}\n{run.table([['class', *by_class], *rows])}"
+def report(path, samples, trained, entry):
+    """Write <path>.json and .md, whose text is returned: the model, its scores beside the paper's, and by class."""
+    benchmark = BENCHMARKS[trained["benchmark"]]
+    keys = ["benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights"]
+    model = {key: trained[key] for key in keys} | {"steps": trained["recipe"]["steps"]}
+    run.write_json(Path(f"{path}.json"), {"model": model, "benchmarks": {trained["benchmark"]: entry}})
+
+    text = "{master}, {auxiliary} at stride {stride}, fusion {fusion}".format(**model)
+    if model["fusion"] == "none":
+        text = f"{model['master']}, alone"
+    text += f", {model['steps']} steps on {benchmark.trains_on}, seed {model['seed']}; percent"
+    for encoder, weights in model["weights"].items():
+        text += f"; RANDOM WEIGHTS at the start: {encoder}" if weights == "none" else ""
+    text += f"\n\n{model['benchmark']}, {entry['images']} of {len(samples)} images"
+    text += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}\n\n"
+    text += run.table([list(entry["scores"]), list(map(run.number, entry["scores"].values()))])
+    columns = [entry[MEASURES[measure]]["per_class"] for measure in benchmark.measures]
+    rows = [["class", *(measure.removeprefix("m") for measure in benchmark.measures)]]
+    rows += [[name, *(run.number(column.get(name)) for column in columns)] for name in columns[0]]
+    text += f"\n{run.table(rows)}"
+    with run.whole_file(Path(f"{path}.md")) as temporary:
+        temporary.write_text(text)
+    return text
 
 
 def compare(folders):
     """A row a run with its scores, then every benchmark beside the paper's number."""
-    rows, best, shown = [], defaultdict(list), ("mIoU", "boundary_mIoU", "AP", "PQ")
+    runs, best = [], defaultdict(list)
     for folder in folders:
         try:
             results = run.read_stage(folder, "results.json", "05_eval.py")
             ((benchmark, entry),) = results["benchmarks"].items()
             model, scores = results["model"], entry["scores"]
-            pair, modes = [model["auxiliary"], str(model["stride"])], f"{model['master_mode']}/{model['aux_mode']}"
+            pair = [model["auxiliary"], str(model["stride"])]
+            fusion = "{fusion} {master_mode}/{aux_mode}".format(**model)
             if model["fusion"] == "none":
-                pair, modes = ["-", "-"], model["master_mode"]
-            what = [folder.resolve().name, benchmark, model["master"], *pair, f"{model['fusion']} {modes}"]
-            what = [cell if len(cell) <= 13 else f"{cell[:12]}…" for cell in what]
-            row = [*what, str(model["steps"]), *(run.number(scores.get(name)) for name in shown)]
-            rows.append(((benchmark, model["stride"]), row))
+                pair, fusion = ["-", "-"], f"none {model['master_mode']}"
+            row = [folder.resolve().name, benchmark, model["master"], *pair]
+            row = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in row]
+            row += [fusion, str(model["steps"])]
+            row += [run.number(scores.get(name)) for name in ("mIoU", "boundary_mIoU", "AP", "PQ")]
+            runs.append((benchmark, int(model["stride"]), row))
+            best[benchmark].append(scores)
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             print(f"left out: {folder} holds no results.json of this version: run 05_eval.py --run {folder}")
-            continue
-        best[benchmark].append(scores)
-    need(rows, "none of these folders holds results: run 05_eval.py on them first")
-    head = ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]
-    table = [head, *(row for _, row in sorted(rows, key=lambda entry: entry[0]))]
+    need(runs, "none of these folders holds results: run 05_eval.py on them first")
+    rows = [["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]]
+    rows += [row for *_, row in sorted(runs, key=lambda entry: entry[:2])]
     paper = [["benchmark", "score", "paper", "here, best"]]
     for name, benchmark in BENCHMARKS.items():
         here = [max((s[m] for s in best[name] if s.get(m) is not None), default=None) for m in benchmark.measures]
         paper.append([name, ", ".join(benchmark.measures), benchmark.paper, ", ".join(map(run.number, here))])
-    return f"{run.table(table)}\n{run.table(paper)}"
+    return f"{run.table(rows)}\n{run.table(paper)}"
 
 
 # ------------------------------------------------------------------ the stage
@@ -303,7 +310,7 @@ def load_trained(folder):
         model = build_model(trained, weights={})
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # torch raises many types for a damaged file
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        reason, *_ = f"{type(error).__name__}: {error}".splitlines()
         raise UserError(f"{path} is no checkpoint of this project's model ({reason}): {again} again") from None
     return model, trained
 
@@ -322,17 +329,12 @@ def draw_folder(model, trained, settings):
     print(f"wrote {folder}/")
 
 
-def refuse_contradictions(settings):
-    need(not (settings.images and settings.compare), "--images and --compare are two things: give one")
-    scored = settings.limit or settings.save_predictions
-    wrong = "--limit and --save-predictions go with an evaluation, not with --images or --compare"
-    need(not (scored and (settings.images or settings.compare)), wrong)
-
-
 def main():
     settings = run.parse(__doc__, Settings)
-    folder = settings.run
-    refuse_contradictions(settings)
+    folder, elsewhere = settings.run, settings.images or settings.compare
+    need(not (settings.images and settings.compare), "--images and --compare are two things: give one")
+    wrong = "--limit and --save-predictions go with an evaluation, not with --images or --compare"
+    need(not (elsewhere and (settings.limit or settings.save_predictions)), wrong)
     if settings.compare:
         print(compare(settings.compare))
         return
@@ -346,30 +348,26 @@ def main():
         draw_folder(model.to(settings.device).eval(), trained, settings)
         return
 
-    benchmark = trained["benchmark"]
+    benchmark, recipe = trained["benchmark"], trained["recipe"]
     samples = datasets.open_split(benchmark, settings.data or Path(asked["data"]), "val")
-    fits = [category.name for category in samples.categories] == trained["class_names"]
+    fits = [c.name for c in samples.categories] == trained["class_names"]
     need(fits, f"the model was trained on other classes than those of {samples.root}")
-    count = min(len(samples), settings.limit or len(samples))
-    indices = run.evenly_spaced(range(len(samples)), count)
-    some = f"_limit{count}" if count < len(samples) else ""  # a look at some never takes the place of all
+    indices = run.evenly_spaced(range(len(samples)), settings.limit or len(samples))
+    some = f"_limit{len(indices)}" if len(indices) < len(samples) else ""  # never takes the place of all
     submission = folder / f"submission{some}" / benchmark if settings.save_predictions else None
-    results = evaluate(model, samples, trained["recipe"]["test_size"], settings, indices, submission)
+    results = evaluate(model, samples, recipe["test_size"], settings, indices, submission)
 
-    entry = {"images": count, "scores": headline(results, samples.categories), **results}
-    keys = ["benchmark", "master", "auxiliary", "stride", "fusion", "seed", "master_mode", "aux_mode", "weights"]
-    what = {key: trained[key] for key in keys} | {"steps": trained["recipe"]["steps"]}
-    run.write_json(folder / f"results{some}.json", {"model": what, "benchmarks": {benchmark: entry}})
-    text = report(samples, trained, entry)
-    with run.whole_file(folder / f"results{some}.md") as temporary:
-        temporary.write_text(text)
+    entry = {"images": len(indices), "scores": headline(results, samples.categories), **results}
+    text = report(folder / f"results{some}", samples, trained, entry)
     rows = [drawing(model, trained, samples[i], settings.device) for i in run.evenly_spaced(indices, 3)]
     figures.draw_predictions(folder / f"predictions{some}.png", rows, trained["class_names"])
     saved = f", submission{some}/" if submission else ""
     print(f"\n{text}\nwrote results{some}.json, results{some}.md, predictions{some}.png{saved} in {folder}")
-    flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(trained["recipe"]["steps"]))
-    alone = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
-    print(f"next: {alone if trained['fusion'] != 'none' else 'python 05_eval.py --compare runs/*'}")
+    advice = "python 05_eval.py --compare runs/*"
+    if trained["fusion"] != "none":
+        flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(recipe["steps"]))
+        advice = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
+    print(f"next: {advice}")
 
 
 # ------------------------------------------------------------------ scores
@@ -401,8 +399,8 @@ class SemanticScore:
     def is_boundary(labels):
         """Pixels with another label, or the image's end, at most 2 % of the diagonal away in both axes: bool [H, W]."""
         window = 2 * max(1, round(0.02 * np.hypot(*labels.shape))) + 1
-        highest = ndimage.maximum_filter(labels, window, mode="constant", cval=255)  # beyond the end: no class
-        return highest != ndimage.minimum_filter(labels, window, mode="constant", cval=255)
+        around = {"size": window, "mode": "constant", "cval": 255}  # beyond the end: no class
+        return ndimage.maximum_filter(labels, **around) != ndimage.minimum_filter(labels, **around)
 
     def result(self):
         """mIoU, boundary_mIoU and per_class (IoU) in percent; a class absent from the truth is NaN and left out."""
@@ -424,13 +422,14 @@ class CityscapesInstanceScore:
 
     OVERLAPS = np.arange(0.5, 1.0, 0.05)
     SMALLEST = 100  # pixels; smaller instances are neither wanted nor wrong
+    NOTHING = [np.zeros(0)] * 4  # of no image
 
     def __init__(self, label_ids, beside=()):
         self.beside = beside
-        self.ids = label_ids if isinstance(label_ids, dict) else {label: label for label in label_ids}
+        self.ids = label_ids if isinstance(label_ids, dict) else dict(zip(label_ids, label_ids, strict=True))
         self.wanted = Counter()  # {label id: instances that count}
-        # {label id: for each image scores [P], and at each threshold [P, K]: is it right? does it count?}
-        self.scored = defaultdict(list)
+        # For each image label ids [N] and scores [N], and at each threshold [N, K]: is it right? does it count?
+        self.scored = []
 
     def update(self, masks, labels, scores, instance_ids, weights=None):
         """masks bool [N, H, W], labels int64 [N] (raw ids), scores float [N], instance_ids int64 [H, W].
@@ -438,43 +437,42 @@ class CityscapesInstanceScore:
         With weights, float [H, W], areas and overlaps are sums of them.
         """
         values, places = compact(instance_ids.numpy())  # [V], [H, W]
-        values, places = np.array(values), places.ravel()
-        weights = None if weights is None else weights.numpy().ravel()
+        maps = [places] if weights is None else [places, weights.numpy()]
+        true_area = np.bincount(*(pixels.ravel() for pixels in maps))  # [V]
+        overlap = np.zeros((len(masks), len(values)))
+        for mask, row in zip(masks.numpy(), overlap, strict=True):
+            lines = np.flatnonzero(mask.any(1))  # few, mostly: the others are passed over
+            part = slice(lines.min(initial=len(mask)), lines.max(initial=0) + 1)
+            row[:] = np.bincount(*(pixels[part][mask[part]] for pixels in maps), minlength=len(values))
 
-        def areas(pixels):  # of each value among these pixels: [V]
-            return np.bincount(places[pixels], None if weights is None else weights[pixels], len(values))
-
-        true_area, overlap = areas(...), [areas(np.flatnonzero(mask)) for mask in masks.numpy()]
-        overlap = np.array(overlap, float).reshape(len(masks), len(values))  # [N, V]
-        area, labels, scores = overlap.sum(1), labels.numpy(), scores.double().numpy()
+        labels, scores = labels.numpy(), scores.double().numpy()
+        order = np.argsort(-scores, kind="stable")  # the surest first, without those of no area
+        order = order[~np.isclose(overlap[order].sum(1), 0)]
+        labels, scores, overlap = labels[order], scores[order], overlap[order]
+        area, values = overlap.sum(1), np.array(values)
         classes = np.where(values >= 1000, values // 1000, values)
         classes[classes == 34] = 11  # KITTI-360's garages are buildings
-        void = np.isin(values, datasets.CITYSCAPES_VOID)
-        surest_first = np.argsort(-scores, kind="stable")
-
-        for label in self.ids.values():
-            mine, true = surest_first[(labels == label)[surest_first]], classes == label
-            mine = mine[~np.isclose(area[mine], 0)]
-            shared = overlap[mine][:, true]  # [P, T]
-            iou = shared / (area[mine][:, None] + true_area[true] - shared)
-            group, small = values[true] < 1000, true_area[true] < self.SMALLEST
-            excused = overlap[mine][:, void].sum(1) + (shared * (group.astype(int) + small)).sum(1)
-            over = iou[..., None] > self.OVERLAPS  # [P, T, K]; at most one T each: thresholds are not below one half
-            false = ~over.any(1) & ((excused / area[mine])[:, None] <= self.OVERLAPS)
-            over = over[:, ~group & ~small]
-            right = (over & (over.cumsum(0) == 1)).any(1)  # of those that found one instance, the surest
-            self.scored[label].append((scores[mine], right, over.any(1) | false))
-            self.wanted[label] += over.shape[1]
+        void, group, small = np.isin(values, datasets.CITYSCAPES_VOID), values < 1000, true_area < self.SMALLEST
+        shared = overlap * (labels[:, None] == classes)  # [N, V], with those of the same class
+        excused = overlap[:, void].sum(1) + (shared * (group.astype(int) + small)).sum(1)
+        iou = shared / (area[:, None] + true_area - shared)
+        over = iou[..., None] > self.OVERLAPS  # [N, V, K]; at most one V each: thresholds are not below one half
+        false = ~over.any(1) & ((excused / area)[:, None] <= self.OVERLAPS)
+        over = over[:, ~group & ~small]
+        right = (over & (over.cumsum(0) == 1)).any(1)  # of those that found one instance, the surest
+        self.scored.append((labels, scores, right, over.any(1) | false))
+        self.wanted.update(classes[~group & ~small].tolist())
 
     def result(self):
         """AP, AP50 and per_class (AP by name or id) in percent; a class absent from the truth is NaN and left out."""
         table = np.full((len(self.ids), len(self.OVERLAPS)), np.nan)
+        labels, scores, right, counts = map(np.concatenate, zip(*self.scored or [self.NOTHING], strict=True))
         for row, label in zip(table, self.ids.values(), strict=True):
             if self.wanted[label]:
-                scores, right, counts = (np.concatenate(parts) for parts in zip(*self.scored[label], strict=True))
-                for k, here in enumerate(counts.T):
+                for k, counted in enumerate(counts.T):
+                    here = counted & (labels == label)
                     row[k] = 100 * self.average_precision(scores[here], right[here, k], self.wanted[label])
-        per_class = {name: float(row.mean()) for name, row in zip(self.ids, table, strict=True)}
+        per_class = dict(zip(self.ids, table.mean(1).tolist(), strict=True))
         table = table[[name not in self.beside for name in self.ids]]
         return {"AP": mean(table), "AP50": mean(table[:, 0]), "per_class": per_class}
 
@@ -553,38 +551,34 @@ class PanopticScore:
         pred_values, pred_places = compact(pred_ids.numpy())  # ids may be large and far apart
         true_values, true_places = compact(true_ids.numpy())
         pairs = count_pairs(pred_places, true_places, (len(pred_values), len(true_values)))
-        pred_area = Counter(dict(zip(pred_values, pairs.sum(1).tolist(), strict=True)))
-        true_area = Counter(dict(zip(true_values, pairs.sum(0).tolist(), strict=True)))
-        overlap = Counter({(pred_values[i], true_values[j]): int(pairs[i, j]) for i, j in np.argwhere(pairs)})
-
-        matched = set()
-        for (p, t), shared in overlap.items():
-            if p == 0 or t not in true or predicted[p] != true[t]:  # void and crowds match nothing
-                continue
-            iou = shared / (pred_area[p] + true_area[t] - shared - overlap[p, 0])
-            if iou > 0.5:
-                matched.add(p)
-                self.iou[true[t]] += iou
-                self.matches[true[t]] += 1
+        overlaps = dict(zip(pred_values, pairs.tolist(), strict=True))
+        true_area = dict(zip(true_values, pairs.sum(0).tolist(), strict=True))
         self.segments.update(true.values())
         for p, category in predicted.items():
+            overlap = Counter(dict(zip(true_values, overlaps.get(p, ()), strict=False)))  # {true id: pixels}
+            area, void, crowd = overlap.total(), overlap[0], overlap[crowds.get(category)]
+            same = [t for t, shared in overlap.items() if shared and true.get(t) == category]
+            iou = max((overlap[t] / (area + true_area[t] - overlap[t] - void) for t in same), default=0)
+            if iou > 0.5:
+                self.iou[category] += iou
+                self.matches[category] += 1
             # A prediction that lies mostly on void or on a crowd of its class is no false positive.
-            excused = overlap[p, 0] + overlap[p, crowds.get(category)]
-            self.segments[category] += p in matched or excused <= 0.5 * pred_area[p]
+            self.segments[category] += iou > 0.5 or void + crowd <= 0.5 * area
 
     def result(self):
         """PQ, SQ, RQ, PQ_th, PQ_st and per_class (PQ by name) in percent; NaN, and left out, is a class that
         neither truth nor predictions hold: as in panopticapi, predictions of a class that is not there count."""
-        rows = []
-        for category in self.categories:
-            matches, segments = self.matches[category["id"]], self.segments[category["id"]]
-            sq = 100 * self.iou[category["id"]] / max(matches, 1) if segments else np.nan
-            rq = 200 * matches / segments if segments else np.nan
-            rows.append((sq * rq / 100, sq, rq))
-        table, isthing = np.array(rows), np.array([bool(category["isthing"]) for category in self.categories])
+        table = np.full((len(self.categories), 3), np.nan)
+        for row, c in zip(table, self.categories, strict=True):
+            matches, segments = self.matches[c["id"]], self.segments[c["id"]]
+            if segments:
+                sq, rq = 100 * self.iou[c["id"]] / max(matches, 1), 200 * matches / segments
+                row[:] = sq * rq / 100, sq, rq
         result = dict(zip(("PQ", "SQ", "RQ"), map(mean, table.T), strict=True))
-        result |= {"PQ_th": mean(table[isthing, 0]), "PQ_st": mean(table[~isthing, 0])}
-        return result | {"per_class": {c["name"]: row[0] for c, row in zip(self.categories, rows, strict=True)}}
+        things = np.array([bool(c["isthing"]) for c in self.categories])
+        result |= {"PQ_th": mean(table[things, 0]), "PQ_st": mean(table[~things, 0])}
+        names = [c["name"] for c in self.categories]
+        return result | {"per_class": dict(zip(names, table[:, 0].tolist(), strict=True))}
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def main():
     rows = {"untrained": untrained(settings, val), "colour and position": per_pixel(train, val)}
     numbers = {name: stage5.headline(results, val.categories) for name, results in rows.items()}
     numbers["trained"] = json.loads((args.run / "results.json").read_text())["benchmarks"]["toycity"]["scores"]
-    table = [["", *numbers["trained"]], *([name, *(f"{v:.1f}" for v in row.values())] for name, row in numbers.items())]
+    table = [["", *numbers["trained"]]]
+    table += [[name, *map(run.number, row.values())] for name, row in numbers.items()]
     print(run.table(table))
 
 
