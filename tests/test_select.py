@@ -117,8 +117,8 @@ def test_warnings(tmp_path, choose, capsys):
     for control, warning in zip(("image", "shifted"), two, strict=True):
         assert f"SC of structure, mean over strides, 0.70, does not clear that of the control {control}, 0.7" in warning
     close = SC * [[1], [1.68], [1]]  # as drawn, means of 0.708 and 0.701
-    (lead,) = choose(write_run(tmp_path, sc=close, spread=0.2))[1]["warnings"]
-    assert "of the resamples choose the same master: its lead, 0.0" in lead
+    unsure = choose(write_run(tmp_path, sc=close, spread=0.2))[1]["warnings"]
+    assert any("of the resamples choose the same master: its lead, 0.0" in warning for warning in unsure)
     (tmp_path / "checkpoint.pt").touch()
     choose(tmp_path, "--stride", "32")
     assert f"next: python 04_train.py --run {tmp_path} --out {tmp_path}_os32" in capsys.readouterr().out
