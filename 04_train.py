@@ -358,9 +358,9 @@ def open_log(folder, first):
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
     if fcntl and RANK == 0:
-        try:  # held until this process ends, in whichever way
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        try:  # held until this process ends, in whichever way; its helpers do not inherit this kind
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             raise UserError(f"another training is writing to {folder}: wait for it, or give another --out") from None
     if not first and RANK == 0:
         log.truncate(0)

@@ -225,7 +225,7 @@ def filled(tmp_path):
             maps = {
                 str(s): smooth(c, 64 // s, 96 // s, seed=50 * i + s)[0].half().contiguous() for s, c in levels.items()
             }
-            save_file(maps, path)
+            save_file(maps, path, {"picture": run.fingerprint(tmp_path / name)})
     settings = {
         "benchmark": None,
         "command": "python 01_extract.py --images pictures",
@@ -294,9 +294,9 @@ def test_stage_refuses_an_extraction_that_has_not_ended_and_leaves_out_what_it_l
 
 
 def write_maps(folder, encoder, name, maps):
-    save_file(
-        {str(s): feature.half().contiguous() for s, feature in maps.items()}, run.feature_path(folder, encoder, name)
-    )
+    """Feature maps of the picture as it is now."""
+    maps = {str(s): feature.half().contiguous() for s, feature in maps.items()}
+    save_file(maps, run.feature_path(folder, encoder, name), {"picture": run.fingerprint(folder / name)})
 
 
 def test_edges_are_drawn_where_each_encoders_own_ef_peaks(filled, stage, monkeypatch):
@@ -318,7 +318,9 @@ def test_edges_are_drawn_where_each_encoders_own_ef_peaks(filled, stage, monkeyp
 
 
 def test_maps_or_pictures_without_edges_do_not_break_the_drawing(filled, stage):
+    before = run.read_features(filled, "tiny_hiera", "a.png", filled)
     Image.new("RGB", (96, 64), (90, 90, 90)).save(filled / "a.png")
+    write_maps(filled, "tiny_hiera", "a.png", before)
     for name, value in (("a.png", 0.7), ("b.png", torch.nan)):
         write_maps(filled, "tiny_vit", name, {16: torch.full((12, 4, 6), value)})
     assert "leaves out a.png: no contrast" in stage("02_metrics", "--run", filled, "--device", "cpu")

@@ -1,6 +1,5 @@
 """Inputs that people are known to meet, which once gave a silent wrong result, a hang or a stack trace."""
 
-import fcntl
 import importlib
 import json
 import shutil
@@ -292,11 +291,16 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path):
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
-    with stage4.open_log(tmp_path, 0), pytest.raises(UserError, match="another training is writing to"):
-        stage4.open_log(tmp_path, 0)
+    hold = f"import fcntl, time; file = open({str(tmp_path / 'log.csv')!r}, 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    hold += "; print('one step', file=file, flush=True); print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another training is writing to"):
+            stage4.open_log(tmp_path, 0)
+        assert (tmp_path / "log.csv").read_text() == "one step\n"  # what the other wrote is left alone
+        other.kill()
+    stage4.open_log(tmp_path, 0).close()  # the lock is gone with its holder
     assert (tmp_path / "log.csv").read_text() == ",".join(stage4.LOG) + "\n"
-    with stage4.open_log(tmp_path, 5) as log:  # the lock is gone with its holder
-        fcntl.flock(log, fcntl.LOCK_UN)
 
 
 def test_pictures_of_one_pixel_can_be_cropped():
