@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from common import run, toycity
-from common.datasets import encode_mask, list_pictures, open_split, run_lengths
+from common.datasets import encode_mask, list_pictures, open_split, read_image, run_lengths
 from common.run import UserError
 
 import datasets
@@ -350,3 +350,50 @@ def test_a_helper_that_is_killed_ends_the_stage_in_one_line():
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: a helper process ended") and done.stderr.count("\n") == 1
     assert "--workers" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- words and ends
+
+
+def test_relative_and_absolute_folders_are_the_same_one(album, stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage("01_extract", "--images", "album", "--run", "run", "--size", "64")
+    assert "0 are still to be" in stage("01_extract", "--images", album, "--run", tmp_path / "run", "--size", "64")
+    monkeypatch.chdir(album)  # the pictures are found from anywhere
+    assert "means over 3 images" in stage("02_metrics", "--run", tmp_path / "run")
+
+
+def test_blank_and_smallest_pictures_break_no_chain(stage, tmp_path):
+    (tmp_path / "album").mkdir()
+    for i, side in enumerate((3, 64, 200)):
+        Image.new("RGB", (side, side), "white").save(tmp_path / f"album/{i}.png")
+    stage("01_extract", "--images", tmp_path / "album", "--run", tmp_path / "run", "--size", "64")
+    assert stage("02_metrics", "--run", tmp_path / "run").count("no contrast") == 3
+    said = stage(
+        "03_select", "--run", tmp_path / "run", "--master", "tiny_vit", "--auxiliary", "tiny_hiera", "--stride", 8
+    )
+    assert "WARNING: EF of tiny_hiera at OS 8, 0.00, does not clear" in said
+
+
+def test_a_full_disk_in_training_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    training = stage4.Training(*[None] * 13, recipe=stage4.RECIPES["toycity"])
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="no checkpoint could be written to .*is the disk full"):
+        stage4.save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), 1, training)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def damaged(image, mode=None):
+        raise RuntimeError("Failed to decode frame 0: Truncated data")
+
+    monkeypatch.setattr(Image.Image, "convert", damaged)
+    with pytest.raises(UserError, match="a.png cannot be read as a picture .RuntimeError: Failed to decode frame 0"):
+        read_image(tmp_path / "a.png")
