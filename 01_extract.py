@@ -24,7 +24,7 @@ from pathlib import Path
 from common import figures, run
 from common.datasets import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
 from common.encoders import ENCODERS, load_encoder, weights_origin
-from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
+from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 
 import numpy as np
 import torch
@@ -47,9 +47,9 @@ class Settings:
     weights: tuple[str, ...] = flag(("pretrained",), "pretrained, none or NAME=FILE", metavar="WHICH", nargs="+")
     limit: int | None = flag(None, "pictures, evenly spaced (default: 24 for toycity, else 200)", type=positive)
     size: str | None = flag(None, "HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: the benchmark's)")
-    seed: int = flag(0, type=whole)
+    seed: int = flag(0, type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside the main process", type=whole)
+    workers: int = flag(CORES, "helpers beside the main process", type=natural)
 
 
 def choose_weights(encoders, words):

@@ -22,7 +22,7 @@ from common import run
 from common.datasets import read_image, resize_image
 from common.encoders import STRIDES, pyramid
 from common.figures import draw_edges, draw_profiles
-from common.run import CORES, DEVICES, flag, need, positive, whole
+from common.run import CORES, DEVICES, flag, natural, need, positive
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Settings:
     run: Path = flag(Path("runs/toycity"), "run folder")
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "images at a time, a core for each", type=positive)
-    seed: int | None = flag(None, "seed of sampling, noise and bootstrap (default: the run's)", type=whole)
+    seed: int | None = flag(None, "seed of sampling, noise and bootstrap (default: the run's)", type=natural)
 
 
 # ------------------------------------------------------------------ structural coherence (SC)

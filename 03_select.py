@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import run
 from common.figures import draw_profiles
-from common.run import RESAMPLES, UserError, flag, need, whole
+from common.run import RESAMPLES, UserError, flag, natural, need
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Settings:
     master: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
     auxiliary: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
     stride: int | None = flag(None, "by hand, not by score", choices=(4, 8, 16, 32))
-    seed: int = flag(0, "seed of the bootstrap", type=whole)
+    seed: int = flag(0, "seed of the bootstrap", type=natural)
 
 
 # ------------------------------------------------------------------ the rule

@@ -25,7 +25,7 @@ from common import figures, run
 from common.datasets import BENCHMARKS, open_split, working_size
 from common.encoders import weights_origin
 from common.model import LOSS_WEIGHTS, PADDING, build_model
-from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
+from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 
 import numpy as np
 import torch
@@ -62,9 +62,9 @@ class Settings:
     master_mode: str = flag("ft", "fine-tuned or frozen", choices=("ft", "fz"))
     aux_mode: str = flag("fz", "fine-tuned or frozen", choices=("ft", "fz"))
     accumulate: int = flag(1, "micro-batches of a step, one after the other", type=positive)
-    seed: int | None = flag(None, "(default: as in stage 1)", type=whole)
+    seed: int | None = flag(None, "(default: as in stage 1)", type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside each process", type=whole)
+    workers: int = flag(CORES, "helpers beside each process", type=natural)
 
 
 def crop_size(text):

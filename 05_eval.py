@@ -24,7 +24,7 @@ from pathlib import Path
 from common import datasets, figures, run
 from common.datasets import BENCHMARKS, compact, count_pairs, working_size
 from common.model import PADDING, build_model
-from common.run import CORES, DEVICES, UserError, flag, need, positive, whole
+from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Settings:
     images: Path | None = flag(None, "draw predictions on a folder of pictures instead", metavar="FOLDER")
     compare: tuple[Path, ...] = flag((), "table the results of several runs instead", metavar="RUN", nargs="+")
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside the main process", type=whole)
+    workers: int = flag(CORES, "helpers beside the main process", type=natural)
 
 
 MEASURES = {"mIoU": "semantic", "AP": "instance", "PQ": "panoptic"}

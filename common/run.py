@@ -104,7 +104,7 @@ def parse(description, block, changes=None):
     return (settings, given) if changes else settings
 
 
-def whole(text):
+def natural(text):
     """For argparse: a whole number, as seeds are."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
