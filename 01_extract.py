@@ -232,7 +232,7 @@ def main():
     read = partial(read_picture, root=root, size=size, turn=benchmark is None)  # labels lie on pictures as stored
     if missing and isinstance(first := read(missing[0])[1], torch.Tensor):
         need_disk(folder, encoders, todo, first)
-    pictures = DataLoader(missing, None, collate_fn=read, **run.helpers(settings.workers))
+    pictures = DataLoader(missing, None, collate_fn=read, **run.loader_arguments(settings.workers))
     left_out = extract(encoders, todo, pictures, folder, settings.device)
     usable = [name for name in names if name not in left_out]
     need(usable, f"none of the {len(names)} pictures of {root} can be used")

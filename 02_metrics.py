@@ -36,7 +36,8 @@ SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF
 CELLS = 16  # SFC: cells along each axis
 POSITIONS, DIMENSIONS = 4096, 32  # SCS: at most so many positions, of at most so many principal components
 CLUSTERS = (6, 8, 10)
-RESTARTS, TRIALS, COARSE, FINALISTS = 40, 4, 4, 4  # they race over a quarter, four go on over all
+RESTARTS, TRIALS = 40, 4  # of k-means, and draws for each of its seeds
+COARSE, FINALISTS = 4, 4  # the restarts race over a quarter of the positions, the best four go on over all
 LLOYD_STEPS, LLOYD_TOLERANCE = 100, 1e-4  # stop once the centres move by less than this share of the variance
 SILHOUETTE_POSITIONS = 2000
 
@@ -142,7 +143,7 @@ def clustering_score(features, points, seed):
     seeds = spread_seeds(points[:, : max(len(chosen) // COARSE, 512)], max(CLUSTERS), generator)  # [B,RESTARTS,k,D]
     for k in CLUSTERS:
         labels = kmeans(points, seeds[:, :, :k])  # [B,n]
-        # Evenly spaced picks from positions sorted by label, in random order within one, are a stratified sample.
+        # A part for the silhouette, each cluster with its share: sorted by label, every so many-th position.
         picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
         picks = labels.argsort(dim=1, stable=True)[:, picks.to(labels.device)]  # [B,m]
         sample = points.take_along_dim(picks[..., None], 1)  # [B,m,D]
@@ -160,7 +161,7 @@ def edge_fidelity(features, images, prepared=None):
         EC, NC, FAR   shares of the feature edges' strength in core, near and far zone of the picture's edges; sum to 1
         FC, FC_PCA    share of spectral power at high frequency, of the L2-norm map and of the principal component
         SP            1 / (1 + r / 64), r the radius at which the map's detail stops resembling itself, mostly 1
-        EF          = 100 EC * NC * FC * SP                   the paper's form, in [0,100]
+        EF          = 100 EC * NC * FC * SP                   the paper's form, in [0,25], as EC + NC <= 1
         EF_RELEASED = 100 NC * (1 - FAR) * FC_PCA * SP        what the authors' released code computes, in [0,100]
         EF_CC       = 100 (EC - a) / (1 - a) * FC_PCA * SP    corrected for chance, ours: a is the core's share of the
                       area, what EC is when edges fall anywhere; below 0 where they shun the picture's edges
@@ -424,6 +425,7 @@ def edges_at_peaks(settings, found, names, values):
     for i in run.evenly_spaced(range(len(names)), 3):
         image, maps = read_maps(settings, found, names[i])
         drawings = []
+        # peaks and values go on with the controls, maps end with the encoders
         for (encoder, levels), peak, scores in zip(maps.items(), peaks, values[i], strict=False):
             stride, features = STRIDES[peak], levels[STRIDES[peak]]
             if min(features.shape[2:]) < 3:

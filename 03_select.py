@@ -25,7 +25,7 @@ import numpy as np
 
 CLEAR = 0.975  # the share of resamples in which a winner must exceed its control
 AGREE = 0.9  # the share of resamples that must choose the same
-PICTURE = ("image", "shifted")  # controls of SC; noise, which has hardly any, is EF's
+SC_CONTROLS = ("image", "shifted")  # EF's is noise, whose SC is next to nothing
 FEW_IMAGES = 10  # resamples of fewer say little about other pictures
 LOWEST = -1e9  # the score of whatever is out of the running
 
@@ -112,7 +112,7 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
         structure, edges = edges, structure
         at = ef[0, sources.index(edges)].argmax()
     duels = [(f"{score} of {edges} at OS {metrics['strides'][at]}", edges, ef[:, :, at], "noise")]
-    duels += [(f"SC of {structure}, mean over strides", structure, sc.mean(2), control) for control in PICTURE]
+    duels += [(f"SC of {structure}, mean over strides", structure, sc.mean(2), control) for control in SC_CONTROLS]
     warnings = []
     for what, encoder, values, control in duels:
         own, other = values[:, sources.index(encoder)], values[:, sources.index(control)]  # [1 + RESAMPLES]

@@ -24,7 +24,7 @@ from pathlib import Path
 from common import figures, run
 from common.datasets import BENCHMARKS, open_split, working_size
 from common.encoders import weights_origin
-from common.model import LOSS_WEIGHTS, PADDING, build_model
+from common.model import FUSIONS, LOSS_WEIGHTS, PADDING, build_model
 from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 
 import numpy as np
@@ -58,7 +58,7 @@ class Settings:
     auxiliary: str | None = flag(None, "instead of the selected one", metavar="NAME")
     stride: int | None = flag(None, "instead of the selected one", choices=(4, 8, 16, 32))
     schedule: str = flag("release", "the authors', 3 images a step; or 16", choices=("release", "mask2former"))
-    fusion: str = flag("replace", "none: no auxiliary", choices=("replace", "concat", "add", "none"))
+    fusion: str = flag("replace", "none: no auxiliary", choices=FUSIONS)
     master_mode: str = flag("ft", "fine-tuned or frozen", choices=("ft", "fz"))
     aux_mode: str = flag("fz", "fine-tuned or frozen", choices=("ft", "fz"))
     accumulate: int = flag(1, "micro-batches of a step, one after the other", type=positive)
@@ -149,8 +149,9 @@ def choose_recipe(benchmark, changes, settings):
     if steps:
         changes = {"drops": tuple(round(drop * steps / recipe.steps) for drop in recipe.drops)} | changes
     recipe = replace(recipe, **changes | {"steps": steps or recipe.steps})
-    above = min(recipe.learning_rate, recipe.master_rate, recipe.clip, *recipe.vit_widths) > 0 <= recipe.weight_decay
-    need(above, "--learning-rate, --master-rate, --clip, --vit-widths: must be above 0, --weight-decay not below")
+    above = min(recipe.learning_rate, recipe.master_rate, recipe.clip, *recipe.vit_widths) > 0
+    need(above, "--learning-rate, --master-rate, --clip, --vit-widths: must be above 0")
+    need(recipe.weight_decay >= 0, "--weight-decay: must not be below 0")
     need(0 < recipe.resize[0] <= recipe.resize[1], "--resize: expected two sides in pixels, the smaller one first")
     fits = recipe.width % 32 == 0 and recipe.width % recipe.heads == 0
     need(fits, f"--width {recipe.width}: must be a multiple of 32 and of --heads, {recipe.heads}")
@@ -242,7 +243,7 @@ def load_micro_batches(samples, training, settings, first):
     parts = range(RANK * accumulate, (RANK + 1) * accumulate)
     starts = (step * recipe.batch + part * size for step in range(first, recipe.steps) for part in parts)
     places = (range(start, start + size) for start in starts)
-    helpers = run.helpers(settings.workers) | {"pin_memory": device == "cuda"}
+    helpers = run.loader_arguments(settings.workers) | {"pin_memory": device == "cuda"}
     stream = TrainCrops(samples, recipe, training.seed)
     for crops in DataLoader(stream, batch_sampler=places, collate_fn=list, **helpers):
         images = torch.stack([crop["image"].to(device, non_blocking=True) for crop in crops])
@@ -454,7 +455,7 @@ def plan(settings, changes, found, selection):
     need(data.is_dir(), f"there is no folder {data}: say where your data sets are with --data")
     samples = open_split(found["benchmark"], data, "train")
 
-    facts = found | vars(settings) | selection  # the later the stronger
+    facts = found | vars(settings) | selection  # the later the stronger: the pair stands in the selection
     facts |= {"recipe": recipe, "weights": weights, "weights_from": weights_from, "train_images": len(samples)}
     facts["seed"] = found["seed"] if settings.seed is None else settings.seed
     facts["class_names"] = [category.name for category in samples.categories]

@@ -139,7 +139,7 @@ def evaluate(model, samples, size, settings, indices, submission=None):
     if samples.coco and "AP" in samples.measures:
         scores["AP"] = CocoInstanceScore(samples.coco.file)
     scores = {MEASURES[measure]: scores[measure] for measure in samples.measures}
-    loader = DataLoader(Subset(samples, indices), batch_size=None, **run.helpers(settings.workers))
+    loader = DataLoader(Subset(samples, indices), batch_size=None, **run.loader_arguments(settings.workers))
     model.to(settings.device).eval()
     for sample in tqdm(loader, "evaluating", unit="image"):
         predicted = predict(model, sample["image"], size, settings.device)

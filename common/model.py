@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
+FUSIONS = ("replace", "concat", "add", "none")
 LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
 PADDING = 128 / 255  # grey, as detectron2 pads pictures below and to the right
 
@@ -35,7 +36,7 @@ class FusedPyramid(nn.Module):
         # the levels that the master feeds
         self.own = [s for s in STRIDES if not (s == stride and self.fusion == "replace")]
 
-        # What no level needs is dropped: it would cost time, and no gradient would ever reach it.
+        # Stages deeper than any level needs are dropped: they would cost time, and no gradient would reach them.
         self.master.cut(nearest_stride(master.channels, self.own[-1]))
         self.master.requires_grad_(self.train_master)
         if self.auxiliary:
@@ -54,7 +55,7 @@ class FusedPyramid(nn.Module):
                 channels[stride] = width
             elif self.fusion == "concat":
                 channels[stride] += width
-            else:
+            elif self.fusion == "add":
                 self.projections["add"] = nn.Conv2d(width, channels[stride], 1)
         self.channels = [channels[s] for s in STRIDES]
 
@@ -108,7 +109,7 @@ class FusedModel(nn.Module):
             encoder_feedforward_dim=4 * width,
             dim_feedforward=8 * width,
             encoder_layers=recipe["encoder_layers"],
-            decoder_layers=recipe["decoder_layers"] + 1,
+            decoder_layers=recipe["decoder_layers"] + 1,  # the library counts the queries' own prediction
             num_attention_heads=recipe["heads"],
             train_num_points=recipe["points"],
         )

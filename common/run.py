@@ -56,10 +56,10 @@ def start(main):
         sys.exit(130)
 
 
-def helpers(workers):
-    """DataLoader's arguments for its helper processes; UserError if they lack the memory that they hand data on in.
+def loader_arguments(workers):
+    """What DataLoader takes for its helper processes.
 
-    It would wait for ever for what a helper could not hand on, and so does a helper that was killed: at most for 600 s.
+    It would wait for ever where they lack memory to hand data on: UserError if that is likely, else 600 s at most.
     """
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
@@ -93,7 +93,7 @@ def parse(description, block, changes=None):
         how = dict(field.metadata)
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
-        else:  # of "int | None" and of "tuple[int, ...]", int
+        else:  # the first type inside: int for "int | None" and for "tuple[int, ...]"
             how.setdefault("type", (typing.get_args(field.type) or (field.type,))[0])
         if field in own and field.default not in (None, (), False):
             shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default

@@ -329,8 +329,8 @@ def test_too_little_shared_memory_is_refused(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=64 << 20))
     with pytest.raises(UserError, match="/dev/shm has 64 MB free, .*--workers .*--shm-size"):
-        run.helpers(8)
-    assert run.helpers(0)["num_workers"] == 0
+        run.loader_arguments(8)
+    assert run.loader_arguments(0)["num_workers"] == 0
 
 
 KILLED = """
@@ -341,7 +341,7 @@ def read(item):
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return item
-run.start(lambda: print(list(DataLoader(range(8), None, collate_fn=read, **run.helpers(2)))))
+run.start(lambda: print(list(DataLoader(range(8), None, collate_fn=read, **run.loader_arguments(2)))))
 """
 
 
