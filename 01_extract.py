@@ -29,7 +29,7 @@ from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -102,12 +102,14 @@ def lacking(folder, encoder, root, names):
         path = run.feature_path(folder, encoder, name)
         try:
             with safe_open(path, "np") as file:  # compares its length with what its header promises
-                if (file.metadata() or {}).get("picture") != run.fingerprint(root / name):
-                    print(f"{root / name} is not the picture that {path} was made from: extracting it again")
-                    todo.add(name)
+                made_from = (file.metadata() or {}).get("picture")
         except (SafetensorError, OSError) as error:
-            if path.is_file():
+            if os.path.isfile(path):
                 print(f"{path} is damaged ({error}): extracting it again")
+            todo.add(name)
+            continue
+        if not (root / name).is_file() or made_from != run.fingerprint(root / name):
+            print(f"{root / name} is not the picture that {path} was made from: extracting it again")
             todo.add(name)
     return todo
 
@@ -180,7 +182,7 @@ def write(path, maps, fingerprint):
             half = exact.astype(np.float16)
         arrays[stride] = half if np.isfinite(half).all() else exact
     with run.whole_file(path) as temporary:
-        save_file(arrays, temporary, {"picture": fingerprint})
+        temporary.write_bytes(save(arrays, {"picture": fingerprint}))
 
 
 def report(folder, found, names):
@@ -213,6 +215,7 @@ def main():
     working_size(512, 512, size)  # refuses a --size that means nothing
     root, names = choose_pictures(settings)
     folder = settings.run or Path("runs") / (benchmark or root.resolve().name)
+    need(folder.resolve() != root.resolve(), f"{folder} holds the pictures: give another --run")
 
     todo, encoders = {name: lacking(folder, name, root, names) for name in settings.encoders}, []
     for name in settings.encoders:
@@ -221,7 +224,7 @@ def main():
         if todo[name]:  # a file that does not fit is refused before anything is written
             torch.manual_seed(settings.seed)  # random weights are the same in every run
             encoders.append(load_encoder(name, weights[name], settings.device))
-    places = {"data": str(settings.data.resolve()), "root": str(root.resolve())}
+    places = {"data": None if settings.images else str(settings.data.resolve()), "root": str(root.resolve())}
     asked = {"benchmark": benchmark, **places, "images": names, "size": size}
     asked |= {"encoders": list(settings.encoders), "weights": weights, "seed": settings.seed}
     asked["weights_from"] = {name: weights_origin(name, weights[name]) for name in settings.encoders}

@@ -3,8 +3,10 @@
     python 04_train.py                                       the selection of runs/toycity
     python 04_train.py --out runs/stride8 --stride 8         an ablation, in a folder of its own; so is --fusion none
     python 04_train.py --steps 0                             only say what would be trained, and on what
-    torchrun --nproc_per_node=8 -- 04_train.py …             on eight GPUs, each with an eighth of the batch
-    python 04_train.py --accumulate 8 …                      the same batch on one, in eight micro-batches
+    torchrun --nproc_per_node=8 -- 04_train.py --schedule mask2former …   16 images a step, two on each of eight GPUs
+    python 04_train.py --accumulate 8 --schedule mask2former …            on one, in eight micro-batches
+
+Each part of a batch has a loss of its own, over its own segments; the parts' gradients are averaged.
 
 The master is fine-tuned at a tenth of the decoder's learning rate, the auxiliary stays frozen, and a Mask2Former
 decoder is trained from scratch on both: one stage, one loss. A training that was interrupted, even killed, goes on with
@@ -90,7 +92,7 @@ class Recipe:
     learning_rate: float = flag(1e-4, "of the decoder")
     master_rate: float = flag(0.1, "of the encoders, relative to the decoder's; 1 for a random master")
     drops: tuple[int, ...] = flag(
-        (), "steps where the rate falls to a tenth; none: (1 - step / steps)^power", nargs="+"
+        (), "steps where the rate falls to a tenth; none: (1 - step / steps)^power", nargs="*"
     )
     power: float = flag(1.0, "of the falling rate")
     weight_decay: float = flag(0.05)
@@ -302,9 +304,16 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     learner, optimiser, first = begin(model.to(device).train(), recipe, checkpoint)
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
-    signals = []  # Ctrl-C and SIGTERM are answered once the step is done
+    signals = []
+
+    def answer(number, frame):
+        if signals:  # asked for twice
+            raise KeyboardInterrupt
+        signals.append(number)
+        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, answer)
     with open_log(folder, first) as log:
         for step in bar:
             # ---------------------------------------------------------- learning rate
@@ -355,15 +364,17 @@ def train(model, samples, training, settings, folder, checkpoint=None):
 
 # ------------------------------------------------------------------ files
 def open_log(folder, first):
-    """log.csv, begun anew with a training; steps after the last checkpoint are done again and get a second row."""
+    """log.csv, locked, and begun anew with a training; steps after the last checkpoint get a second row."""
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.csv" if RANK == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
     if fcntl and RANK == 0:
         try:  # held until this process ends, in whichever way; its helpers do not inherit this kind
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"another training is writing to {folder}: wait for it, or give another --out") from None
-    if not first and RANK == 0:
+        except OSError as error:  # some network file systems have no locks
+            print(f"WARNING: {folder} cannot be locked ({error}): let no other training write to it")
+    if RANK == 0 and (not first or log.tell() == 0):
         log.truncate(0)
         print(*LOG, sep=",", file=log)
     return log
@@ -413,7 +424,9 @@ def load_checkpoint(folder, training):
 def join_processes(device):
     """Meet the others that torchrun started, each with a GPU of its own where there are some; the first one prints."""
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        mine, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        need(mine < there, f"there are {there} GPUs: give torchrun no more --nproc_per_node")
+        torch.cuda.set_device(mine)
         torch.set_float32_matmul_precision("high")  # TF32
     if WORLD > 1:
         dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs

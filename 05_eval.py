@@ -279,7 +279,7 @@ def compare(folders):
             if model["fusion"] == "none":
                 pair, fusion = ["-", "-"], f"none {model['master_mode']}"
             row = [folder.resolve().name, benchmark, model["master"], *pair]
-            row = [cell if len(cell) <= 11 else f"{cell[:10]}…" for cell in row]
+            row = [cell if len(cell) <= 12 else f"…{cell[-11:]}" for cell in row]  # names differ at their ends
             row += [fusion, str(model["steps"])]
             row += [run.number(scores.get(name)) for name in ("mIoU", "boundary_mIoU", "AP", "PQ")]
             runs.append((benchmark, int(model["stride"]), row))
@@ -291,7 +291,8 @@ def compare(folders):
     rows += [row for *_, row in sorted(runs, key=lambda entry: entry[:2])]
     paper = [["benchmark", "score", "paper", "here, best"]]
     for name, benchmark in BENCHMARKS.items():
-        here = [max((s[m] for s in best[name] if s.get(m) is not None), default=None) for m in benchmark.measures]
+        of_runs = [s | {"AP": s.get("AP_things", s.get("AP"))} for s in best[name]]  # KITTI-360: as in the paper
+        here = [max((s[m] for s in of_runs if s.get(m) is not None), default=None) for m in benchmark.measures]
         paper.append([name, ", ".join(benchmark.measures), benchmark.paper, ", ".join(map(run.number, here))])
     return f"{run.table(rows)}\n{run.table(paper)}"
 
@@ -366,7 +367,7 @@ def main():
     advice = "python 05_eval.py --compare runs/*"
     if trained["fusion"] != "none":
         flags = ("--out", f"{folder}_alone", "--fusion", "none", "--steps", str(recipe["steps"]))
-        advice = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare"
+        advice = f"{run.command('04_train.py', folder, *flags)}   # the master alone, to compare; other flags as before"
     print(f"next: {advice}")
 
 

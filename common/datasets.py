@@ -12,7 +12,6 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 
 import contextlib
 import json
-import math
 import os
 import pickle
 import re
@@ -166,8 +165,8 @@ def encode_mask(mask, size):
     """
     if isinstance(mask, list):
         polygons = [polygon for polygon in mask if len(polygon) >= 6]  # fewer than three corners enclose nothing
-        if not all(math.isfinite(side) for polygon in polygons for side in polygon):
-            raise ValueError("a corner is not a finite number")
+        if not all(abs(side) < 1e6 for polygon in polygons for side in polygon):  # nor is NaN
+            raise ValueError("a corner lies nowhere near the picture")
         return rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
     counts = mask["counts"] if isinstance(mask["counts"], list) else run_lengths(mask["counts"])
     if tuple(mask["size"]) != size or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
@@ -238,7 +237,7 @@ class Split(Dataset):
                 self.categories = [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for file in (Path(file) for files in self.files for file in files):
+        for file in map(Path, dict.fromkeys(file for files in self.files for file in files)):
             need(not file.is_absolute() and ".." not in file.parts, f"{file} lies outside {self.root}")
             need((self.root / file).is_file(), f"{self.root / file} is needed and not there")
         self.names = [picture for picture, *_ in self.files]
@@ -297,8 +296,9 @@ def list_files(root, split, templates):
     """Yield for each image the paths below root of the picture and of its labels. KITTI-360 has a table of pictures."""
     pattern = templates[0].replace("{split}", split)
     glob = re.sub(r"{\w+}", "*", pattern)
-    names = [path.relative_to(root).as_posix() for path in root.glob(glob) if path.name[0] != "."]
-    if "{drive}" in pattern:
+    if "{drive}" not in pattern:
+        names = [path.relative_to(root).as_posix() for path in root.glob(glob) if path.name[0] != "."]
+    else:
         table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
         with reading(table, "lines of a picture's path and its label's"):
             lines = table.read_text("utf-8").strip().splitlines()
@@ -439,7 +439,7 @@ def read_image(path, turn=True):
 
 
 def working_size(height, width, size, multiple=32):
-    """Height and width, multiples of 32, at which a picture enters the encoders.
+    """Height and width, in multiples of `multiple`, at which a picture enters the encoders.
 
     size: "512x1024"; "512", that short side, the aspect kept; "800/1333", too, the long side at most 1333; "own".
     """

@@ -208,7 +208,12 @@ def _fill(encoder, path):
     except Exception:  # damaged, or a pickle that holds more: torch would advise to run its code
         raise UserError(f"{what} cannot be read as tensors") from None
     wanted = encoder.model.state_dict()
-    found = {key: value for key, value in _library_names(encoder, state, what).items() if key in wanted}
+    try:
+        found = {key: value for key, value in _library_names(encoder, state, what).items() if key in wanted}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{what} is another project's checkpoint: its tensors do not lie where they are looked for"
+        ) from None
     for key, value in found.items():
         same_kind = value.is_floating_point() == wanted[key].is_floating_point()
         need(same_kind, f"{what} does not fit: {key} holds {value.dtype}")

@@ -75,7 +75,7 @@ def draw_edges(path, rows):
     """
     zones = {  # what 02_metrics.py counts as such
         "within 2 map pixels of the centreline (EC)": COLOURS[0],
-        "within 4 (NC)": COLOURS[4],
+        "further out within 4 (NC)": COLOURS[4],
         "far (FAR)": COLOURS[3],
         "centreline, no edge there": "black",
     }

@@ -173,9 +173,10 @@ class FusedModel(nn.Module):
         Raises FloatingPointError for what is not finite: the library's matcher would hide it.
         """
         total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
-        for layer, (class_logits, mask_logits) in enumerate(outputs):
-            if not (class_logits.isfinite().all() and mask_logits.isfinite().all()):
-                raise FloatingPointError(f"the logits of decoder layer {layer} are not finite")
+        finite = torch.stack([(a.isfinite().all() & b.isfinite().all()) for a, b in outputs]).tolist()
+        if not all(finite):
+            raise FloatingPointError(f"the logits of decoder layer {finite.index(False)} are not finite")
+        for class_logits, mask_logits in outputs:
             terms = self.criterion(mask_logits.float(), class_logits.float(), masks, labels)
             for name, weight in LOSS_WEIGHTS.items():
                 total[name] = total[name] + weight * terms[f"loss_{name}"]

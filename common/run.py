@@ -5,11 +5,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
 import signal
 import sys
+import traceback
 import typing
 import zipfile
 import zlib
@@ -43,28 +45,36 @@ def need(condition, message):
 def start(main):
     """Run a stage's main(), which may return an exit code; a mistake, a full disk or Ctrl-C ends it in one line."""
     try:
-        sys.exit(main())
+        end = main()
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        advice = "give fewer --workers (0: none), or more memory; the same command goes on from here"
-        sys.exit(f"error: a helper process ended or hangs ({str(error).splitlines()[0]}): {advice}")
+        end = f"error: {error}"
     except KeyboardInterrupt:
         print("\ninterrupted; what is written is whole, and the same command takes it up again", file=sys.stderr)
-        sys.exit(130)
+        end = 130
+    except torch.cuda.OutOfMemoryError:
+        end = "error: the GPU's memory is full: more --accumulate, a smaller --crop, or --device cpu"
+    except Exception as error:
+        end = f"error: a helper process ended or hangs ({error}): give fewer --workers (0: none), or more memory"
+        if not str(error).startswith("DataLoader"):
+            traceback.print_exc()
+            end = 1
+    for helper in multiprocessing.active_children():  # after an error; they ignore what would end them in the usual way
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would report their end as another error
+        helper.kill()
+    sys.exit(end)
 
 
 def loader_arguments(workers):
     """What DataLoader takes for its helper processes.
 
-    It would wait for ever where they lack memory to hand data on: UserError if that is likely, else 600 s at most.
+    It would wait for ever where they lack memory to hand data on: none of them if that is likely, else 600 s at most.
     """
-    shared = Path("/dev/shm")
+    shared, all_workers = Path("/dev/shm"), workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
-    advice = "give fewer --workers (0: none), or the container more of it (docker run --shm-size 8g)"
-    need(free >= workers * 2**27, f"{shared} has {free / 2**20:.0f} MB free, a helper may need 128: {advice}")
+    if free < all_workers * 2**27:
+        advice = "give the container more of it (docker run --shm-size 8g), or fewer --workers"
+        print(f"WARNING: no helpers, as {shared} has {free / 2**20:.0f} MB free and one may need 128: {advice}")
+        workers = 0
     return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": 600 if workers else 0}
 
 

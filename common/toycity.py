@@ -316,4 +316,8 @@ def write(root, counts=COUNTS, style=STREET):
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     with scratch, ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
         list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
-        partial.rename(root)
+        try:
+            partial.rename(root)
+        except OSError:
+            if not root.exists():  # else another process was faster
+                raise

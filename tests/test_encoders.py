@@ -428,3 +428,10 @@ def test_positions_of_dinov3_are_rescaled_in_training_alone(name):
         encoder.train()
         assert not torch.equal(encoder(image)[16], encoder(image)[16])
         assert torch.equal(encoder.eval()(image)[16], first)
+
+
+@pytest.mark.parametrize("content", [{"settings": {"lr": 1}}, {"settings": None}, {"model": torch.zeros(2)}])
+def test_another_project_s_checkpoint_is_refused_in_a_line(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt is another project's checkpoint|x.pt does not fit"):
+        load_encoder("tiny_vit", str(tmp_path / "x.pt"))

@@ -283,12 +283,11 @@ def test_a_full_disk_is_noticed_before_extraction(extract, tmp_path, monkeypatch
 def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(extract, tmp_path, monkeypatch):
     stage1 = importlib.import_module("01_extract")
 
-    def full(maps, path, metadata):
-        path.write_bytes(b"half a file")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    def full(arrays, metadata):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: .*No space left on device"):
-        patch.setattr(stage1, "save_file", full)
+        patch.setattr(stage1, "save", full)
         run.start(extract)
     assert not list((tmp_path / "run").rglob("*.tmp")) and not feature_files(tmp_path)
     extract()

@@ -325,12 +325,14 @@ def test_seeds_are_whole_numbers(monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------- helpers
 
 
-def test_too_little_shared_memory_is_refused(monkeypatch):
+def test_with_too_little_shared_memory_there_are_no_helpers(monkeypatch, capsys):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=64 << 20))
-    with pytest.raises(UserError, match="/dev/shm has 64 MB free, .*--workers .*--shm-size"):
-        run.loader_arguments(8)
-    assert run.loader_arguments(0)["num_workers"] == 0
+    assert run.loader_arguments(8)["num_workers"] == run.loader_arguments(0)["num_workers"] == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "/dev/shm has 64 MB free" in said and "--shm-size" in said
+    monkeypatch.undo()
+    assert run.loader_arguments(1)["num_workers"] == 1
 
 
 KILLED = """
@@ -343,6 +345,16 @@ def read(item):
     return item
 run.start(lambda: print(list(DataLoader(range(8), None, collate_fn=read, **run.loader_arguments(2)))))
 """
+
+
+RAISES = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError('the real cause')")
+
+
+@pytest.mark.parametrize("kind, traced", [("RuntimeError", True), ("run.UserError", False)])
+def test_an_error_in_a_helper_ends_the_stage_at_once(kind, traced):
+    code = RAISES.replace("RuntimeError", kind)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "the real cause" in done.stderr and ("Traceback" in done.stderr) == traced
 
 
 def test_a_helper_that_is_killed_ends_the_stage_in_one_line():
@@ -397,3 +409,22 @@ def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", damaged)
     with pytest.raises(UserError, match="a.png cannot be read as a picture .RuntimeError: Failed to decode frame 0"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_log_that_is_gone_gets_its_head_again(tmp_path):
+    with stage4.open_log(tmp_path, 5) as log:
+        for step in (6, 7):
+            print(step, *range(len(stage4.LOG) - 1), sep=",", file=log)
+    assert stage4.read_log(tmp_path)["step"].tolist() == [6, 7]
+
+
+def test_the_pictures_folder_cannot_be_the_run(album, stage):
+    with pytest.raises(UserError, match="holds the pictures: give another --run"):
+        stage("01_extract", "--images", album, "--run", album)
+
+
+def test_too_long_a_name_is_left_out_each_time(album, stage, tmp_path):
+    Image.open(album / "a.png").save(album / f"{'n' * 246}.png")
+    for _ in range(2):
+        said = stage("01_extract", "--images", album, "--run", tmp_path / "run", "--size", "64")
+        assert "left out: " in said and "too long" in said
