@@ -304,7 +304,7 @@ def test_the_long_side_is_limited():
         (["--steps", "-1"], "not be negative"),
         (["--learning-rate", "0"], "above 0"),
         (["--vit-widths", "0", "8", "8", "8"], "above 0"),
-        (["--weight-decay", "-1"], "not below"),
+        (["--weight-decay", "-1"], "not be below 0"),
         (["--resize", "200", "100"], "smaller one first"),
         (["--width", "50"], "multiple of 32"),
         (["--width", "32", "--heads", "3"], "of --heads, 3"),
