@@ -121,7 +121,7 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
             scores = f"{what}, {own[0]:.2f}, does not clear that of the control {control}, {other[0]:.2f}"
             warnings.append(f"{scores}: higher in {clears:.1%} of the resamples, {CLEAR:.1%} are asked for")
     for part, (share, lead) in agreement.items():
-        if share < AGREE:
+        if share < AGREE and lead < -LOWEST / 2:  # else there is no other to choose
             warnings.append(
                 f"{share:.0%} of the resamples choose the same {part}: its lead, {lead:.2g}, is no clear one"
             )

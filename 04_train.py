@@ -294,6 +294,21 @@ def begin(model, recipe, checkpoint):
     return DistributedDataParallel(model, gradient_as_bucket_view=True), optimiser, first
 
 
+def collect_signals():
+    """A list for Ctrl-C and SIGTERM, to be answered once the step is done; the second one ends it at once."""
+    signals = []
+
+    def answer(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, answer)
+    return signals
+
+
 def train(model, samples, training, settings, folder, checkpoint=None):
     """Train for the recipe's steps, or for what is left of them after `checkpoint` (see load_checkpoint).
 
@@ -304,16 +319,7 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     learner, optimiser, first = begin(model.to(device).train(), recipe, checkpoint)
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
-    signals = []
-
-    def answer(number, frame):
-        if signals:  # asked for twice
-            raise KeyboardInterrupt
-        signals.append(number)
-        os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, answer)
+    signals = collect_signals()
     with open_log(folder, first) as log:
         for step in bar:
             # ---------------------------------------------------------- learning rate

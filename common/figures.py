@@ -129,7 +129,7 @@ def draw_profiles(path, metrics, selection=None):
 def draw_loss(path, log, terms):
     """These columns of log.csv, {name: [step]}, over its steps: each step faint, the mean of 50 around it on top."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
-    steps, window = log["step"], min(50, len(log["step"]))
+    steps, window = log["step"], min(50, 1 + len(log["step"]) // 4)
     for colour, term in zip(COLOURS, terms, strict=False):
         mean = np.convolve(log[term], np.full(window, 1 / window), "valid")
         axis.plot(steps, log[term], color=colour, lw=0.4, alpha=0.3)

@@ -119,6 +119,8 @@ def test_warnings(tmp_path, choose, capsys):
     close = SC * [[1], [1.68], [1]]  # as drawn, means of 0.708 and 0.701
     unsure = choose(write_run(tmp_path, sc=close, spread=0.2))[1]["warnings"]
     assert any("of the resamples choose the same master: its lead, 0.0" in warning for warning in unsure)
+    two = choose(write_run(tmp_path, sc=close, spread=0.2, encoders=ENCODERS[:2]))[1]["warnings"]
+    assert any("the same master" in w for w in two) and not any("the same auxiliary" in w for w in two)  # no other
     (tmp_path / "checkpoint.pt").touch()
     choose(tmp_path, "--stride", "32")
     assert f"next: python 04_train.py --run {tmp_path} --out {tmp_path}_os32" in capsys.readouterr().out
