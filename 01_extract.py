@@ -19,10 +19,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from common import figures, run
-from common.datasets import find_benchmark, list_pictures, open_split, read_image, resize_image, working_size
+from common.datasets import (
+    find_benchmark,
+    list_pictures,
+    open_split,
+    read_image,
+    read_run_picture,
+    resize_image,
+    working_size,
+)
 from common.encoders import ENCODERS, load_encoder, weights_origin
 from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 
@@ -95,10 +104,10 @@ def read_picture(name, root, size, turn):
         return name, str(error), None
 
 
-def lacking(folder, encoder, root, names):
-    """The pictures without a whole feature file; those damaged, or of a picture since changed, are named."""
-    todo = set()
-    for name in names:
+def lacking(folder, encoders, root, names):
+    """{encoder: pictures without a whole feature file}; those damaged, or of a picture since changed, are named."""
+    todo, pictures = {encoder: set() for encoder in encoders}, {}  # the latter {name: fingerprint}
+    for encoder, name in product(encoders, names):
         path = run.feature_path(folder, encoder, name)
         try:
             with safe_open(path, "np") as file:  # compares its length with what its header promises
@@ -106,11 +115,13 @@ def lacking(folder, encoder, root, names):
         except (SafetensorError, OSError) as error:
             if os.path.isfile(path):
                 print(f"{path} is damaged ({error}): extracting it again")
-            todo.add(name)
+            todo[encoder].add(name)
             continue
-        if not (root / name).is_file() or made_from != run.fingerprint(root / name):
+        if name not in pictures:
+            pictures[name] = run.fingerprint(root / name) if (root / name).is_file() else None
+        if made_from != pictures[name]:
             print(f"{root / name} is not the picture that {path} was made from: extracting it again")
-            todo.add(name)
+            todo[encoder].add(name)
     return todo
 
 
@@ -143,9 +154,8 @@ def need_disk(folder, encoders, todo, picture):
         numbers = sum(channels * pixels // stride**2 for stride, channels in encoder.channels.items())
         needed += 2 * numbers * len(todo[encoder.name])  # bytes, float16
     free = shutil.disk_usage(folder).free
-    need(
-        needed < free, f"{folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed: give a lower --limit"
-    )
+    room = f"{folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed"
+    need(needed < free, f"{room}: give a lower --limit")
 
 
 @torch.inference_mode()
@@ -161,6 +171,8 @@ def extract(encoders, todo, pictures, folder, device):
                 left_out[name] = image
                 tqdm.write(f"left out: {image}")
                 continue
+            if not writing:  # the first that can be used stands for all
+                need_disk(folder, encoders, todo, image)
             for encoder in (encoder for encoder in encoders if name in todo[encoder.name]):
                 native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
                 maps = {str(stride): feature[0] for stride, feature in native.items()}
@@ -188,13 +200,13 @@ def write(path, maps, fingerprint):
 def report(folder, found, names):
     """A row for each map of the first picture, and three pictures' maps in colours."""
     shown = run.evenly_spaced(names, 3)
-    turn = found["benchmark"] is None
-    images = [resize_image(read_image(Path(found["root"]) / name, turn), found["size"]) for name in shown]
+    images = [read_run_picture(found, name) for name in shown]
+    pictures = [run.fingerprint(Path(found["root"]) / name) for name in shown]
     maps = {}  # {title: for each picture {stride: [C, h, w]}}
     rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
     for encoder in found["encoders"]:
         title = f"{encoder}, RANDOM WEIGHTS" if found["weights"][encoder] == "none" else encoder
-        maps[title] = [run.read_features(folder, encoder, name, found["root"]) for name in shown]
+        maps[title] = [run.read_features(folder, encoder, *one) for one in zip(shown, pictures, strict=True)]
         for stride, feature in maps[title][0].items():
             c, h, w = feature.shape
             mean, std = (run.number(value.item(), 3) for value in (feature.float().mean(), feature.float().std()))
@@ -217,7 +229,7 @@ def main():
     folder = settings.run or Path("runs") / (benchmark or root.resolve().name)
     need(folder.resolve() != root.resolve(), f"{folder} holds the pictures: give another --run")
 
-    todo, encoders = {name: lacking(folder, name, root, names) for name in settings.encoders}, []
+    todo, encoders = lacking(folder, settings.encoders, root, names), []
     for name in settings.encoders:
         if weights[name] == "none":
             print(f"WARNING: {name} has random weights; its maps say nothing about the trained model")
@@ -233,8 +245,6 @@ def main():
     missing = [name for name in names if any(name in of_one for of_one in todo.values())]
     print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(missing)} are still to be extracted")
     read = partial(read_picture, root=root, size=size, turn=benchmark is None)  # labels lie on pictures as stored
-    if missing and isinstance(first := read(missing[0])[1], torch.Tensor):
-        need_disk(folder, encoders, todo, first)
     pictures = DataLoader(missing, None, collate_fn=read, **run.loader_arguments(settings.workers))
     left_out = extract(encoders, todo, pictures, folder, settings.device)
     usable = [name for name in names if name not in left_out]

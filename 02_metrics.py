@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import run
-from common.datasets import read_image, resize_image
+from common.datasets import read_run_picture
 from common.encoders import STRIDES, pyramid
 from common.figures import draw_edges, draw_profiles
 from common.run import CORES, DEVICES, flag, natural, need, positive
@@ -392,11 +392,10 @@ def finished_run(folder):
 
 def read_maps(settings, found, name):
     """An image [1,3,H,W] in [0,1], and {encoder: pyramid {stride: [1,C,H/stride,W/stride]}} of it."""
-    turn = found["benchmark"] is None  # a benchmark's labels lie on its pictures as stored
-    image = resize_image(read_image(Path(found["root"]) / name, turn), found["size"])[None]
+    image, picture = read_run_picture(found, name)[None], run.fingerprint(Path(found["root"]) / name)
     maps = {}
     for encoder in found["encoders"]:
-        native = run.read_features(settings.run, encoder, name, found["root"])  # {stride: [C,h,w]}
+        native = run.read_features(settings.run, encoder, name, picture)  # {stride: [C,h,w]}
         native = {stride: feature[None].to(settings.device).float() for stride, feature in native.items()}
         maps[encoder] = pyramid(native, image.shape[2:])
     return image.to(settings.device), maps

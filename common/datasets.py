@@ -438,6 +438,14 @@ def read_image(path, turn=True):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def read_run_picture(found, name):
+    """A picture of the run that run.json, `found`, describes, at its working size: float32 [3, h, w] in [0, 1].
+
+    A benchmark's is read as it is stored, as its labels lie on those pixels.
+    """
+    return resize_image(read_image(Path(found["root"]) / name, turn=found["benchmark"] is None), found["size"])
+
+
 def working_size(height, width, size, multiple=32):
     """Height and width, in multiples of `multiple`, at which a picture enters the encoders.
 

@@ -205,16 +205,16 @@ def fingerprint(path):
     return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
-def read_features(folder, encoder, image, root):
+def read_features(folder, encoder, image, picture):
     """One image's native maps, {stride: float16 or float32 [C,h,w]}.
 
-    UserError if the file is missing, cut short, or not of the picture root / image as it is now.
+    UserError if the file is missing, cut short, or was not made from the picture of this fingerprint.
     """
     path, problem = feature_path(folder, encoder, image), None
     try:
         with safe_open(path, "pt") as file:
             maps = {stride: file.get_tensor(str(stride)) for stride in sorted(map(int, file.keys()))}
-            if (file.metadata() or {}).get("picture") != fingerprint(Path(root) / image):
+            if (file.metadata() or {}).get("picture") != picture:
                 problem = f"of another picture than {image} is now"
     except Exception as error:  # safetensors raises its own types, OSError and ValueError alike
         problem = f"damaged ({error})" if path.is_file() else "missing"

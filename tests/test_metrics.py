@@ -318,7 +318,7 @@ def test_edges_are_drawn_where_each_encoders_own_ef_peaks(filled, stage, monkeyp
 
 
 def test_maps_or_pictures_without_edges_do_not_break_the_drawing(filled, stage):
-    before = run.read_features(filled, "tiny_hiera", "a.png", filled)
+    before = run.read_features(filled, "tiny_hiera", "a.png", run.fingerprint(filled / "a.png"))
     Image.new("RGB", (96, 64), (90, 90, 90)).save(filled / "a.png")
     write_maps(filled, "tiny_hiera", "a.png", before)
     for name, value in (("a.png", 0.7), ("b.png", torch.nan)):

@@ -115,7 +115,7 @@ def test_pictures_of_any_size_without_labels(stage, extract, pictures, tmp_path)
     names = json.loads((tmp_path / "run/run.json").read_text())["images"]
     assert names == ["a.png", "b c.jpg", "sub/a.png"]
     assert (tmp_path / "run/features/tiny_vit/sub/a.png.safetensors").is_file()
-    maps = run.read_features(tmp_path / "run", "tiny_hiera", "a.png", pictures)
+    maps = run.read_features(tmp_path / "run", "tiny_hiera", "a.png", run.fingerprint(pictures / "a.png"))
     assert {s: tuple(m.shape) for s, m in maps.items()} == {
         4: (24, 16, 24),
         8: (48, 8, 12),
