@@ -61,11 +61,14 @@ def select(sc, ef, task="segmentation", master=None, auxiliary=None, stride=None
 
 
 def best(values, given=None):
-    """Index of the highest value along the last axis, and its lead over the second; a given index always leads."""
+    """Index of the highest value along the last axis, and its lead over the second.
+
+    The lead is infinite for a given index, and where all others are out of the running.
+    """
     if given is not None:
         return np.full(values.shape[:-1], given), np.full(values.shape[:-1], np.inf)
-    ordered = np.sort(values, axis=-1)
-    return values.argmax(-1), ordered[..., -1] - ordered[..., -2]
+    *_, second, first = np.moveaxis(np.sort(values, axis=-1), -1, 0)
+    return values.argmax(-1), np.where((second == LOWEST) & (first > LOWEST), np.inf, first - second)
 
 
 def held_by_hand(settings, metrics):
@@ -121,7 +124,7 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
             scores = f"{what}, {own[0]:.2f}, does not clear that of the control {control}, {other[0]:.2f}"
             warnings.append(f"{scores}: higher in {clears:.1%} of the resamples, {CLEAR:.1%} are asked for")
     for part, (share, lead) in agreement.items():
-        if share < AGREE and lead < -LOWEST / 2:  # else there is no other to choose
+        if share < AGREE and np.isfinite(lead):
             warnings.append(
                 f"{share:.0%} of the resamples choose the same {part}: its lead, {lead:.2g}, is no clear one"
             )
@@ -133,11 +136,15 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
         warnings.append(f"{encoder} has RANDOM weights (--weights none): its scores say nothing about the trained one")
     if metrics["images"] < FEW_IMAGES:
         warnings.append(f"only {metrics['images']} images: stability over their resamples says little")
-    if (settings.run / "checkpoint.pt").is_file() and (settings.run / "selection.json").is_file():
-        before = run.read_stage(settings.run, "selection.json", "03_select.py")
-        if any(before[part] != choice[part] for part in choice):
-            warnings.append("checkpoint.pt was trained with the selection before this one: give 04_train.py an --out")
     return warnings
+
+
+def trained_otherwise(folder, choice):
+    """Was the folder's checkpoint.pt trained with another choice, the selection before this one?"""
+    if not ((folder / "checkpoint.pt").is_file() and (folder / "selection.json").is_file()):
+        return False
+    before = run.read_stage(folder, "selection.json", "03_select.py")
+    return any(before[part] != choice[part] for part in choice)
 
 
 # ------------------------------------------------------------------ the stage
@@ -152,7 +159,7 @@ def print_scores(metrics, score):
     print(f"\n{run.table(rows)}")
 
 
-def report(folder, metrics, selection):
+def report(folder, metrics, selection, otherwise):
     """What was chosen and why, how stable that is, and what speaks against it."""
     reasons = ["highest SC, mean over strides", f"highest {selection['score'].upper()} at any stride"]
     reasons = reasons if selection["task"] == "segmentation" else reasons[::-1]
@@ -168,8 +175,7 @@ def report(folder, metrics, selection):
         print(f"WARNING: {warning}")
     print(f"\nwrote selection.json, metrics.png in {folder}")
     if metrics["benchmark"]:
-        own = any("checkpoint.pt" in warning for warning in selection["warnings"])
-        out = ("--out", f"{folder}_os{selection['stride']}") if own else ()
+        out = ("--out", f"{folder}_os{selection['stride']}") if otherwise else ()
         print(f"next: {run.command('04_train.py', folder, *out)}")
     else:
         found = "what the warnings say" if selection["warnings"] else "the pair above"
@@ -199,6 +205,9 @@ def main():
     selection = {"master": encoders[master], "auxiliary": encoders[auxiliary], "stride": metrics["strides"][at]}
     agreement = dict(zip(by_hand, zip(same.mean(1), lead[:, 0], strict=True), strict=True))
     warnings = what_speaks_against(settings, metrics, selection, sc, ef, agreement)
+    otherwise = trained_otherwise(settings.run, selection)
+    if otherwise:
+        warnings.append("checkpoint.pt was trained with the selection before this one: give 04_train.py an --out")
     selection |= {"task": settings.task, "score": settings.score}
     selection["chosen_by_hand"] = [part for part, index in by_hand.items() if index is not None]
     selection["scores"] = {
@@ -209,7 +218,7 @@ def main():
     selection |= {"warnings": warnings, "random_weights": metrics["random_weights"]}
     run.write_json(settings.run / "selection.json", selection)
     draw_profiles(settings.run / "metrics.png", metrics, selection)
-    report(settings.run, metrics, selection)
+    report(settings.run, metrics, selection, otherwise)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Training:
 def choose_recipe(benchmark, changes, settings):
     """The benchmark's recipe with what the command line changes; UserError for what cannot be."""
     recipe, steps, accumulate = RECIPES[benchmark], changes.get("steps", 0), settings.accumulate
-    if settings.schedule == "mask2former" and recipe.batch == 3:  # on eight GPUs
+    if settings.schedule == "mask2former" and recipe.batch == 3:  # where the release has its own
         recipe = replace(recipe, batch=16, **({} if recipe.drops else {"steps": 90_000, "power": 0.9}))
     need(steps >= 0, f"--steps {steps}: may not be negative")
     if steps:
