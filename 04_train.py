@@ -15,6 +15,7 @@ the same command from its last checkpoint; on a CPU it ends at the same weights,
 Reads run.json and selection.json of --run. Writes checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -294,8 +295,9 @@ def begin(model, recipe, checkpoint):
     return DistributedDataParallel(model, gradient_as_bucket_view=True), optimiser, first
 
 
+@contextlib.contextmanager
 def collect_signals():
-    """A list for Ctrl-C and SIGTERM, to be answered once the step is done; the second one ends it at once."""
+    """Yield a list for Ctrl-C and SIGTERM, to be answered once the step is done; the second one ends it at once."""
     signals = []
 
     def answer(number, frame):
@@ -304,9 +306,12 @@ def collect_signals():
         signals.append(number)
         os.write(2, b"\nfinishing this step, then saving\n")  # print might be interrupted in the middle of itself
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, answer)
-    return signals
+    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(model, samples, training, settings, folder, checkpoint=None):
@@ -319,8 +324,7 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     learner, optimiser, first = begin(model.to(device).train(), recipe, checkpoint)
     micro_batches = load_micro_batches(samples, training, settings, first)
     bar = tqdm(range(first, recipe.steps), "training", recipe.steps, initial=first, unit="step", disable=RANK > 0)
-    signals = collect_signals()
-    with open_log(folder, first) as log:
+    with collect_signals() as signals, open_log(folder, first) as log:
         for step in bar:
             # ---------------------------------------------------------- learning rate
             began, terms, pictures = time.perf_counter(), 0, []

@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 
 import importlib
-import signal
 import sys
 
 from common import toycity
@@ -43,10 +42,6 @@ def stage(monkeypatch, capsys):
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_new_process():
+def seeded():
     torch.manual_seed(0)
     torch.set_grad_enabled(True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():  # stage 4 sets its own
-        signal.signal(number, handler)

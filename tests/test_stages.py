@@ -1,5 +1,6 @@
 """The five stages as a person runs them: in order, out of order, interrupted, and with the mistakes people make."""
 
+import contextlib
 import csv
 import errno
 import importlib
@@ -278,6 +279,16 @@ def test_a_full_disk_is_noticed_before_extraction(extract, tmp_path, monkeypatch
     with pytest.raises(UserError, match="0.00 GB free, .* GB are needed"):
         extract()
     assert not feature_files(tmp_path)
+
+
+def test_the_estimate_of_disk_space_is_what_is_written(extract, tmp_path, monkeypatch):
+    extract("--size", "256x512", folder="all")
+    written = sum(path.stat().st_size for path in feature_files(tmp_path))
+    usage = shutil.disk_usage(tmp_path)
+    for share, folder in ((0.98, "less"), (1.0, "enough")):  # headers take the rest
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=int(share * written): usage._replace(free=free))
+        with pytest.raises(UserError, match="GB are needed") if share < 1 else contextlib.nullcontext():
+            extract("--size", "256x512", folder=folder)
 
 
 def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(extract, tmp_path, monkeypatch):

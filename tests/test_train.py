@@ -407,7 +407,9 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, numbe
                 os.kill(os.getpid(), number)
             return super().__getitem__(index)
 
+    before = signal.getsignal(number)
     assert train(tmp_path, samples=Signalled()).ended_by == number
+    assert signal.getsignal(number) is before
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
     assert train(tmp_path).ended_by is None
     train(tmp_path / "whole")
