@@ -127,14 +127,14 @@ def draw_profiles(path, metrics, selection=None):
 
 
 def draw_loss(path, log, terms):
-    """These columns of log.csv, {name: [step]}, over its steps: each step faint, the mean of 50 around it on top."""
+    """These columns of log.csv, {name: [step]}, over its steps: each step faint, the mean of up to 50 around it on top."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
     steps, window = log["step"], min(50, 1 + len(log["step"]) // 4)
     for colour, term in zip(COLOURS, terms, strict=False):
         mean = np.convolve(log[term], np.full(window, 1 / window), "valid")
         axis.plot(steps, log[term], color=colour, lw=0.4, alpha=0.3)
         axis.plot(steps[window // 2 :][: len(mean)], mean, color=colour, lw=1.8, label=term)
-    axis.set(xlabel="training step", ylabel="loss, weighted (bold: mean of 50 steps)", yscale="log")
+    axis.set(xlabel="training step", ylabel=f"loss, weighted (bold: mean of {window} steps)", yscale="log")
     axis.legend()
     save(figure, path)
 
