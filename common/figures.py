@@ -127,7 +127,7 @@ def draw_profiles(path, metrics, selection=None):
 
 
 def draw_loss(path, log, terms):
-    """These columns of log.csv, {name: [step]}, over its steps: each step faint, the mean of up to 50 around it on top."""
+    """These columns of log.csv, {name: [step]}, over its steps: each step faint, on top the mean of up to 50."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
     steps, window = log["step"], min(50, 1 + len(log["step"]) // 4)
     for colour, term in zip(COLOURS, terms, strict=False):
