@@ -1,7 +1,8 @@
 """Stage 2: measure which way each encoder leans, stride by stride, without labels.
 
 Structural Coherence (SC) asks whether a feature map is made of large, distinct regions; Edge Fidelity (EF) asks whether
-its edges lie where the picture's edges lie. Both follow the paper (arXiv 2605.16864). A score means something where it
+its edges lie where the picture's edges lie. Both follow the paper (arXiv 2605.16864). The edge readout (ER, ours) asks
+how well the map predicts the picture's edges, and compares encoders at one stride. A score means something where it
 clears three controls that need no encoder: white noise, the picture itself, the picture shifted.
 
     python 02_metrics.py                     # the embedded benchmark, runs/toycity
@@ -14,6 +15,7 @@ bootstrap intervals over the images), metrics.png (the profiles) and edges.png (
 import csv
 import math
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 CONTROLS = ("noise", "image", "shifted")
-SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "EF_CC")
+SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "ER")
 
 # structural coherence
 CELLS = 16  # SFC: cells along each axis
@@ -46,6 +48,10 @@ TOP_SHARE = 0.1  # the strongest tenth of the gradients are edges
 R_IN, R_OUT = 2, 4  # zones around the picture's edges, in map pixels
 HIGH_FREQUENCY = 0.15  # radius of the spectrum from which on power counts as detail
 RADII, SP_THRESHOLD, SP_SCALE = 16, 0.5, 64
+
+# edge readout, of at most POSITIONS positions of a map
+FOLDS = 4  # of neighbouring pictures, as they may be frames of one film
+RIDGE = 1  # added to the diagonal of the channels' correlations
 
 
 @dataclass
@@ -81,18 +87,25 @@ def prepare(features):
     """What both metrics start from: float32 features [B,C,H,W], usable [B], points [B,H*W,D], component [B,H,W].
 
     points: in principal components, None where SCS samples the positions; component: the first one.
-    A map is degenerate, and set to 0, if the std of its L2 norm is under 1e-4 of its mean: constant maps, an
-    untrained ViT's normalised tokens (rounding noise), NaN, infinity, a single pixel.
     """
-    features = features.float()
-    norm = torch.linalg.vector_norm(features, dim=1).flatten(1)  # [B,H*W]
-    usable = norm.std(1) > 1e-4 * norm.mean(1)  # [B]
-    features = torch.where(usable[:, None, None, None], features, 0)
-    sampled = norm.shape[1] > POSITIONS
+    features, usable = without_degenerate(features)
+    sampled = features[0, 0].numel() > POSITIONS
     points = principal_components(channels_standardised(features), 1 if sampled else DIMENSIONS)
     # Standardised, as shares of its gradient are the same on any scale.
     component = standardise(points[:, :, -1].unflatten(1, features.shape[2:]))
     return features, usable, None if sampled else points, component
+
+
+def without_degenerate(features):
+    """float32 features [B,C,H,W], degenerate ones set to 0, and which are usable, bool [B].
+
+    A map is degenerate if the std of its L2 norm is under 1e-4 of its mean: constant maps, an untrained ViT's
+    normalised tokens (rounding noise), NaN, infinity, a single pixel.
+    """
+    features = features.float()
+    norm = torch.linalg.vector_norm(features, dim=1).flatten(1)  # [B,H*W]
+    usable = norm.std(1) > 1e-4 * norm.mean(1)
+    return torch.where(usable[:, None, None, None], features, 0), usable
 
 
 def standardise(maps):
@@ -163,15 +176,13 @@ def edge_fidelity(features, images, prepared=None):
         SP            1 / (1 + r / 64), r the radius at which the map's detail stops resembling itself, mostly 1
         EF          = 100 EC * NC * FC * SP                   the paper's form, in [0,25], as EC + NC <= 1
         EF_RELEASED = 100 NC * (1 - FAR) * FC_PCA * SP        what the authors' released code computes, in [0,100]
-        EF_CC       = 100 (EC - a) / (1 - a) * FC_PCA * SP    corrected for chance, ours: a is the core's share of the
-                      area, what EC is when edges fall anywhere; below 0 where they shun the picture's edges
 
     Degenerate maps, and maps under 3 pixels high or wide, score 0. prepared: prepare(features).
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable, _, component = prepared or prepare(features)
         if min(features.shape[2:]) < 3:
-            return {name: features.new_zeros(len(features)) for name in SCORES[3:]}
+            return {name: features.new_zeros(len(features)) for name in SCORES[3:-1]}
         _, core, near = edge_zones(images.float(), features.shape[2:])  # bool [B,H-2,W-2]
         strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
         strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
@@ -180,12 +191,9 @@ def edge_fidelity(features, images, prepared=None):
         fc = high_frequency_share(standardise(norm))
         fc_pca = high_frequency_share(component.clamp(-8, 8))
         sp = spatial_precision(norm)
-        chance = core.float().mean((1, 2))
-        corrected = torch.where(chance < 1, (ec - chance) / (1 - chance).clamp_min(1e-6), 0)
         scores = {"EC": ec, "NC": nc, "FAR": far, "FC": fc, "FC_PCA": fc_pca, "SP": sp}
         scores["EF"] = 100 * ec * nc * fc * sp
         scores["EF_RELEASED"] = 100 * nc * (1 - far) * fc_pca * sp
-        scores["EF_CC"] = 100 * corrected * fc_pca * sp
         return {name: torch.where(usable, score, 0) for name, score in scores.items()}
 
 
@@ -195,6 +203,13 @@ def gradient(maps):
     down = (maps[:, :-2] + 2 * maps[:, 1:-1] + maps[:, 2:]) / 4
     across = (maps[:, :, :-2] + 2 * maps[:, :, 1:-1] + maps[:, :, 2:]) / 4
     return torch.hypot(down[:, :, 2:] - down[:, :, :-2], across[:, 2:] - across[:, :-2])
+
+
+def picture_edges(images, size):
+    """How strong the edges of images [B,3,H0,W0], sRGB in [0,1], are on a map of `size` (H,W): float32 [B,H,W]."""
+    images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    linear = torch.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055) ** 2.4)  # sRGB to light
+    return gradient(torch.einsum("bchw,c->bhw", linear, linear.new_tensor([0.2126, 0.7152, 0.0722])))  # BT.709
 
 
 def strongest(strength):
@@ -208,10 +223,7 @@ def edge_zones(images, size):
     Returns (centreline, core, near), bool [B,H-2,W-2]: the ridge of the edges, pixels within R_IN of it, those
     further out within R_OUT, by Chebyshev distance. The rest is far.
     """
-    images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-    linear = torch.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055) ** 2.4)  # sRGB to light
-    luminance = torch.einsum("bchw,c->bhw", linear, linear.new_tensor([0.2126, 0.7152, 0.0722]))  # BT.709
-    padded = gradient(luminance)  # [B,H,W]
+    padded = picture_edges(images, size)  # [B,H,W]
     valid = padded[:, 1:-1, 1:-1]
     low, high = valid.amin((1, 2), keepdim=True), valid.amax((1, 2), keepdim=True)
     padded = ((padded - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)  # the border may lie outside
@@ -254,6 +266,48 @@ def spatial_precision(norm):
     return 1 / (1 + torch.where(found > 0, found, float(radii[-1])) / SP_SCALE)
 
 
+# ------------------------------------------------------------------ edge readout (ER)
+@torch.no_grad()
+def edge_readout(read, count, each=map):
+    """Score how well a linear readout of feature maps predicts the edges of pictures it was not fitted on (ours).
+
+    read(i) yields (map, samples [n,C+1]) of picture i, by readout_samples; it is called twice. each: what applies a
+    function to all pictures, in order. Returns {map: Pearson's r of each picture, [count], in [-1,1]}, about 0 where a
+    map knows nothing of edges: ridge regression, cross-validated over FOLDS blocks of neighbouring pictures, which may
+    be frames of one film. It compares maps of one stride. ValueError for fewer pictures than folds.
+    """
+    if count < FOLDS:
+        raise ValueError(f"{FOLDS} folds need as many pictures")
+    moments = defaultdict(float)  # {(map, fold): [C+1,C+1]}, sums of the pictures' correlations
+    correlations = each(
+        lambda i: [(key, samples.mT @ samples / len(samples)) for key, samples in read(i)], range(count)
+    )
+    for i, of_picture in enumerate(correlations):
+        for key, matrix in of_picture:
+            moments[key, i * FOLDS // count] += matrix
+    weights = {}
+    for key, fold in moments:
+        others = sum(moments[key, other] for other in range(FOLDS) if other != fold)
+        fitted_on = sum(i * FOLDS // count != fold for i in range(count))
+        gram, product = others[:-1, :-1] / fitted_on, others[:-1, -1] / fitted_on
+        weights[key, fold] = torch.linalg.solve(gram + RIDGE * torch.eye(len(gram)).to(gram), product)  # [C]
+
+    def score(i):  # of what has mean 0, the cosine is Pearson's r
+        predicted = ((key, s[:, :-1] @ weights[key, i * FOLDS // count], s[:, -1]) for key, s in read(i))
+        return {key: F.cosine_similarity(found, edges, dim=0).item() for key, found, edges in predicted}
+
+    scores = list(each(score, range(count)))
+    return {key: np.array([of_picture[key] for of_picture in scores]) for key in scores[0]}
+
+
+def readout_samples(features, edges, seed=0):
+    """A map [1,C,H,W] and the picture's edges [1,H,W] as [n,C+1], the edges last, at POSITIONS of them at most; each
+    column of mean 0 and std 1. A degenerate map is 0."""
+    chosen = torch.randperm(edges.numel(), generator=torch.Generator().manual_seed(seed))[:POSITIONS].to(edges.device)
+    columns = torch.cat([without_degenerate(features)[0], edges[:, None]], 1)
+    return channels_standardised(columns.flatten(2)[:, :, chosen])[0]
+
+
 # ------------------------------------------------------------------ controls and summary
 def control(source, image, stride, seed):
     """A map that needs no encoder, from image [1,3,H,W]: [1,64,H/stride,W/stride] of noise, or [1,3,...]."""
@@ -268,19 +322,15 @@ def control(source, image, stride, seed):
 def summarise(values, sources, seed):
     """Means over images with 95 % bootstrap intervals, from values [image, source, stride, score].
 
-    Returns {source: {"4": {"SC": {"mean", "low", "high"}, ...}}}. EF_SHARE is mean EF_CC over that of the image itself;
-    NaN where the image's is not above 0.
+    Returns {source: {"4": {"SC": {"mean", "low", "high"}, ...}}}. ER's interval is that of the pictures scored, with
+    the readout as it was fitted.
     """
     means = np.tensordot(run.bootstrap(len(values), seed), values, axes=1)  # [resample, source, stride, score]
-    ef_cc = means[..., SCORES.index("EF_CC")]
-    reference = ef_cc[:, [sources.index("image")]]
-    share = ef_cc / np.where(reference > 0, reference, np.nan)
-    means = np.concatenate([means, share[..., None]], axis=3)
     low, high = np.percentile(means[1:], [2.5, 97.5], axis=0)
     summary = {source: {str(stride): {} for stride in STRIDES} for source in sources}
     for i, j, k in np.ndindex(low.shape):
         numbers = {"mean": means[0, i, j, k], "low": low[i, j, k], "high": high[i, j, k]}
-        summary[sources[i]][str(STRIDES[j])][(*SCORES, "EF_SHARE")[k]] = numbers
+        summary[sources[i]][str(STRIDES[j])][SCORES[k]] = numbers
     return summary
 
 
@@ -288,8 +338,7 @@ def print_profiles(metrics):
     """A row for each source and score, a column for each stride, controls last."""
     rows = [["source", "score", *(f"OS {stride}" for stride in STRIDES)]]
     for source, profile in metrics["scores"].items():
-        for score in ("SC", "EF", "EF_RELEASED", "EF_CC", "EF_SHARE"):
-            digits = 3 if score in ("SC", "EF_SHARE") else 1
+        for score, digits in {"SC": 3, "EF": 1, "EF_RELEASED": 1, "ER": 3}.items():
             means = [profile[str(stride)][score]["mean"] for stride in STRIDES]
             rows.append([source, score, *(run.number(mean, digits) for mean in means)])
     print(f"\n{run.table(rows)}")
@@ -401,20 +450,52 @@ def read_maps(settings, found, name):
     return image.to(settings.device), maps
 
 
-def score_image(settings, found, name):
-    """Every score of one image of the run: an array [source, stride, score], encoders first."""
+def read_sources(settings, found, name):
+    """The same with the controls' maps, after the encoders'."""
     image, maps = read_maps(settings, found, name)
     seeds = {stride: zlib.crc32(f"{settings.seed} {name} {stride}".encode()) for stride in STRIDES}
     for source in CONTROLS:
         maps[source] = {stride: control(source, image, stride, seeds[stride]) for stride in STRIDES}
+    return image, maps
+
+
+def score_image(settings, found, name):
+    """Every score of one image of the run but ER: an array [source, stride, score], encoders first."""
+    image, maps = read_sources(settings, found, name)
     values = []
     for levels in maps.values():
         for stride in STRIDES:
             prepared = prepare(levels[stride])  # once for both, as most of it is an eigendecomposition
             scores = structural_coherence(levels[stride], settings.seed, prepared)
             scores |= edge_fidelity(levels[stride], image, prepared)
-            values.append([scores[score].item() for score in SCORES])
-    return np.array(values).reshape(-1, len(STRIDES), len(SCORES))
+            values.append([scores[score].item() for score in SCORES[:-1]])
+    return np.array(values).reshape(-1, len(STRIDES), len(SCORES) - 1)
+
+
+def read_out(settings, found, names, pool):
+    """ER of every image of the run: an array [image, source, stride], encoders first; NaN where they are too few."""
+
+    def read(i):
+        image, maps = read_sources(settings, found, names[i])
+        for source, levels in maps.items():
+            for stride, features in levels.items():
+                edges = picture_edges(image, features.shape[2:])
+                yield (source, stride), readout_samples(features, edges, settings.seed)
+
+    if len(names) < FOLDS:
+        print(f"WARNING: the edge readout, ER, needs {FOLDS} images or more, {settings.run} has {len(names)}: left out")
+        return np.full((len(names), len(found["encoders"]) + len(CONTROLS), len(STRIDES)), np.nan)
+    scores = edge_readout(read, len(names), lambda do, images: tqdm(pool.map(do, images), "edge readout", len(names)))
+    return np.stack(list(scores.values()), 1).reshape(len(names), -1, len(STRIDES))
+
+
+def write_scores(path, values, sources, names):
+    """Every component of every map, a row for each image, source and stride."""
+    with run.whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "source", "stride", *SCORES])
+        for i, j, k in np.ndindex(values.shape[:3]):
+            table.writerow([names[i], sources[j], STRIDES[k], *(f"{value:.9g}" for value in values[i, j, k])])
 
 
 def edges_at_peaks(settings, found, names, values):
@@ -457,17 +538,14 @@ def main():
     with ThreadPoolExecutor(settings.workers) as pool:
         scored = pool.map(lambda name: score_image(settings, found, name), names)
         values = np.stack(list(tqdm(scored, "metrics", len(names), unit="image")))
+        flat = (values[:, : len(found["encoders"])] == 0).all(3).sum(0)  # degenerate maps, [encoder, stride]
+        values = np.concatenate([values, read_out(settings, found, names, pool)[..., None]], axis=3)
 
     # Write every component of every map, and what it comes to.
-    with run.whole_file(folder / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "source", "stride", *SCORES])
-        for i, j, k in np.ndindex(values.shape[:3]):
-            table.writerow([names[i], sources[j], STRIDES[k], *(f"{value:.9g}" for value in values[i, j, k])])
+    write_scores(folder / "metrics.csv", values, sources, names)
     random_weights = [encoder for encoder in found["encoders"] if found["weights"][encoder] == "none"]
     metrics = {"benchmark": found["benchmark"], "encoders": found["encoders"], "controls": list(CONTROLS)}
     metrics |= {"strides": list(STRIDES), "images": len(names), "random_weights": random_weights}
-    flat = (values[:, : len(found["encoders"])] == 0).all(3).sum(0)  # [encoder, stride]
     metrics["degenerate"] = {
         encoder: {str(stride): int(count) for stride, count in zip(STRIDES, counts, strict=True)}
         for encoder, counts in zip(found["encoders"], flat, strict=True)

@@ -3,11 +3,12 @@
 The encoder with the highest Structural Coherence (SC) becomes the master. Among the others, the one whose Edge Fidelity
 (EF) peaks highest becomes the auxiliary; the stride of that peak, s*, is where its map will stand in for the master's
 (paper, arXiv 2605.16864). `--task edges` turns the roles round: the master has the highest EF, the auxiliary the
-highest SC among the others; s* is still where the auxiliary's EF peaks.
+highest SC among the others; s* is still where the auxiliary's EF peaks. `--score readout` takes the edge readout (ER)
+for EF: as it compares encoders at one stride, what counts there is the lead over the encoders' mean at the same stride.
 
     python 03_select.py                       # the embedded benchmark, runs/toycity
     python 03_select.py --run runs/mine       # any run folder that 02_metrics.py has filled
-    python 03_select.py --score ef_share      # by EF corrected for chance, as a share of the image's own
+    python 03_select.py --score readout       # the auxiliary and the stride by the edge readout (ER)
     python 03_select.py --stride 8            # choose a part by hand
 
 Reads metrics.json and metrics.csv. Writes selection.json, and draws the choice into metrics.png.
@@ -25,8 +26,10 @@ import numpy as np
 
 CLEAR = 0.975  # the share of resamples in which a winner must exceed its control
 AGREE = 0.9  # the share of resamples that must choose the same
-SC_CONTROLS = ("image", "shifted")  # EF's is noise, whose SC is next to nothing
+SC_CONTROLS = ("image", "shifted")  # noise's SC is next to nothing
 FEW_IMAGES = 10  # resamples of fewer say little about other pictures
+SCORES = {"ef": "EF", "ef_released": "EF_RELEASED", "readout": "ER"}
+EDGE_CONTROLS = {"EF": ("noise",), "EF_RELEASED": ("noise",), "ER": ("noise", "image")}
 LOWEST = -1e9  # the score of whatever is out of the running
 
 
@@ -34,7 +37,7 @@ LOWEST = -1e9  # the score of whatever is out of the running
 class Settings:
     run: Path = flag(Path("runs/toycity"), "run folder")
     task: str = flag("segmentation", "edges: roles turned round", choices=("segmentation", "edges"))
-    score: str = flag("ef", "which form of EF", choices=("ef", "ef_released", "ef_share"))
+    score: str = flag("ef", "of edges", choices=tuple(SCORES))
     master: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
     auxiliary: str | None = flag(None, "by hand, not by score", metavar="ENCODER")
     stride: int | None = flag(None, "by hand, not by score", choices=(4, 8, 16, 32))
@@ -88,7 +91,7 @@ def held_by_hand(settings, metrics):
 # ------------------------------------------------------------------ scores
 def read_scores(folder, metrics, score, weights):
     """Mean SC and EF over images, one for each row of weights [R, image]: two arrays [R, source, stride]."""
-    columns = ("SC", "EF_CC" if score == "EF_SHARE" else score)
+    columns = ("SC", score)
     shape = (metrics["images"], len(metrics["scores"]), len(metrics["strides"]))
     try:
         with open(folder / "metrics.csv", newline="") as file:
@@ -97,11 +100,8 @@ def read_scores(folder, metrics, score, weights):
     except (OSError, KeyError, ValueError, TypeError) as error:
         again = run.command("02_metrics.py", folder)
         raise UserError(f"{folder / 'metrics.csv'} cannot be used ({error!r}): run `{again}` again") from None
-    sc, ef = (np.tensordot(weights, array, axes=1) for array in values)
-    if score == "EF_SHARE":
-        image = ef[:, [list(metrics["scores"]).index("image")]]  # [R, 1, stride]
-        ef = np.where(image > 0, ef / np.where(image > 0, image, 1), LOWEST)  # of nothing, or less, there are no shares
-    return sc, ef
+    need(np.isfinite(values).all(), f"{folder} has no {score}: it needs more images, see 02_metrics.py")
+    return tuple(np.tensordot(weights, array, axes=1) for array in values)
 
 
 def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
@@ -109,12 +109,13 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
 
     sc, ef [1 + RESAMPLES, source, stride], the plain means first; agreement {part: (share of resamples, lead)}.
     """
-    sources, at, score = list(metrics["scores"]), metrics["strides"].index(choice["stride"]), settings.score.upper()
+    sources, at, score = list(metrics["scores"]), metrics["strides"].index(choice["stride"]), SCORES[settings.score]
     structure, edges = choice["master"], choice["auxiliary"]
     if settings.task == "edges":
         structure, edges = edges, structure
         at = ef[0, sources.index(edges)].argmax()
-    duels = [(f"{score} of {edges} at OS {metrics['strides'][at]}", edges, ef[:, :, at], "noise")]
+    at_stride = f"{score} of {edges} at OS {metrics['strides'][at]}"
+    duels = [(at_stride, edges, ef[:, :, at], control) for control in EDGE_CONTROLS[score]]
     duels += [(f"SC of {structure}, mean over strides", structure, sc.mean(2), control) for control in SC_CONTROLS]
     warnings = []
     for what, encoder, values, control in duels:
@@ -161,10 +162,14 @@ def print_scores(metrics, score):
 
 def report(folder, metrics, selection, otherwise):
     """What was chosen and why, how stable that is, and what speaks against it."""
-    reasons = ["highest SC, mean over strides", f"highest {selection['score'].upper()} at any stride"]
+    score = SCORES[selection["score"]]
+    of_edges, peak = f"highest {score} at any stride", f"where the auxiliary's {score} peaks"
+    if score == "ER":
+        of_edges, peak = "highest lead in ER at any stride", "where the auxiliary's lead in ER is highest"
+    reasons = ["highest SC, mean over strides", of_edges]
     reasons = reasons if selection["task"] == "segmentation" else reasons[::-1]
     others = f"{reasons[1]} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"
-    reasons = {"master": reasons[0], "auxiliary": others, "stride": "where the auxiliary's EF peaks"}
+    reasons = {"master": reasons[0], "auxiliary": others, "stride": peak}
     by_hand, stability = selection["chosen_by_hand"], selection["stability"]
     for part, reason in reasons.items():
         print(f"{part:12}{selection[part]:<16}{'chosen by hand' if part in by_hand else reason}")
@@ -186,14 +191,17 @@ def report(folder, metrics, selection, otherwise):
 def main():
     settings = run.parse(__doc__, Settings)
     metrics = run.read_stage(settings.run, "metrics.json", "02_metrics.py")
-    score, encoders = settings.score.upper(), metrics["encoders"]
+    score, encoders = SCORES[settings.score], metrics["encoders"]
     by_hand = held_by_hand(settings, metrics)
 
     # Choose by the plain means (row 0), and again by each bootstrap resample of the images.
     weights = run.bootstrap(metrics["images"], settings.seed)  # [1 + RESAMPLES, image]
     sc, ef = read_scores(settings.run, metrics, score, weights)  # [1 + RESAMPLES, source, stride]
     candidates = slice(0, len(encoders))  # controls come after the encoders and cannot be chosen
-    chosen, lead = select(sc[:, candidates], ef[:, candidates], settings.task, **by_hand)  # [3, 1 + RESAMPLES]
+    edges = ef[:, candidates]
+    if score == "ER":
+        edges = edges - edges.mean(1, keepdims=True)  # over the encoders, at each stride
+    chosen, lead = select(sc[:, candidates], edges, settings.task, **by_hand)  # [3, 1 + RESAMPLES]
     print_scores(metrics, score)
     for part, margin in zip(by_hand, lead[:, 0], strict=True):
         cause = "all 0 where maps are degenerate, like an untrained ViT's"

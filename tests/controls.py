@@ -43,7 +43,7 @@ def main():
                 features = metrics.control(source, picture, stride, seed=100 * i + stride)
                 scores = metrics.structural_coherence(features) | metrics.edge_fidelity(features, image[None])
                 smallest.append(abs(scores["SP"].item() - 1 / (1 + 1 / 64)) < 1e-6)
-                for score in ("SFC", "SCS", "SC", "EF", "EF_RELEASED", "EF_CC"):
+                for score in ("SFC", "SCS", "SC", "EF", "EF_RELEASED"):
                     table.setdefault((name, score), {}).setdefault(stride, []).append(scores[score].item())
     sizes = [f"{256 // stride} x {512 // stride}" for stride in STRIDES]
     print(f"means and standard errors over {len(images)} pictures, by map size")

@@ -127,9 +127,9 @@ def resemblance_radius(norm):
 
 
 def scores(features, image):
-    """Every component but SCS and SC, and the three forms of EF."""
+    """Every component but SCS and SC, and both forms of EF."""
     features, image = np.asarray(features, float), np.asarray(image, float)
-    names = ("SFC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "EF_CC")
+    names = ("SFC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED")
     if degenerate(features):
         return dict.fromkeys(names, 0.0)
     norm, principal = np.linalg.norm(features, axis=0), component(features)
@@ -142,8 +142,6 @@ def scores(features, image):
     fc = high_frequency(standardised(norm))
     fc_pca = high_frequency(np.clip(standardised(principal), -8, 8))
     sp = 1 / (1 + resemblance_radius(norm) / 64)
-    chance = core.mean()
-    corrected = (ec - chance) / (1 - chance) if chance < 1 else 0.0
-    ef, released, cc = 100 * ec * nc * fc * sp, 100 * nc * (1 - fa) * fc_pca * sp, 100 * corrected * fc_pca * sp
-    values = (structure_contrast(features), ec, nc, fa, fc, fc_pca, sp, ef, released, cc)
+    ef, released = 100 * ec * nc * fc * sp, 100 * nc * (1 - fa) * fc_pca * sp
+    values = (structure_contrast(features), ec, nc, fa, fc, fc_pca, sp, ef, released)
     return dict(zip(names, values, strict=True))

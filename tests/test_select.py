@@ -25,10 +25,8 @@ def write_run(folder, sc=SC, ef=EF, spread=0.0, images=12, encoders=ENCODERS, no
     sources = [*encoders, *metrics.CONTROLS]
     values = np.zeros((images, len(sources), 4, len(metrics.SCORES)))
     for s, source in enumerate(sources):
-        for score in ("SC", "EF", "EF_RELEASED", "EF_CC"):
+        for score in ("SC", "EF", "EF_RELEASED", "ER"):
             mean = (sc if score == "SC" else ef)[s] if source in encoders else noise["SC" if score == "SC" else "EF"]
-            if score == "EF_CC" and source == "image":
-                mean = np.array([10, 40, 10, 10])
             values[:, s, :, metrics.SCORES.index(score)] = mean * (1 + spread * draw.standard_normal((images, 4)))
     with open(folder / "metrics.csv", "w", newline="") as file:
         table = csv.writer(file)
@@ -76,14 +74,33 @@ def test_rule_on_a_stack_equals_the_rule_on_each():
         assert stacked[:, i].tolist() == selection.select(sc[i], ef[i])[0].tolist()
 
 
-def test_share_of_the_image_moves_the_stride(tmp_path, choose):
-    write_run(tmp_path)  # the image's own EF_CC is 40 at OS 8, 10 elsewhere: 20/40 falls behind 10/10
+def test_readout_chooses_by_the_lead_at_one_stride(tmp_path, choose):
+    write_run(tmp_path)
+    assert choose(tmp_path)[0] == choose(tmp_path, "--score", "ef_released")[0] == ("structure", "edges", 8)
+    # ER of "structure" is highest at OS 16 and that of "edges" at OS 8; over the three's mean of 6, 9.3, 14.3 and 2.3
+    # "edges" leads by 10.7 at OS 8, "weak" by 6 at OS 4.
+    triple, chosen = choose(tmp_path, "--score", "readout")
+    assert triple == ("structure", "edges", 8)
+    assert chosen["scores"]["edges"]["ER"] == pytest.approx({"4": 5, "8": 20, "16": 10, "32": 4})
+    er = np.array([[0.1, 0.5, 0.8, 0.3], [0.5, 0.6, 0.85, 0.6], [0.1, 0.1, 0.1, 0.1]])  # peaks and leads differ
+    write_run(tmp_path, ef=er, noise={"SC": 0.1, "EF": 0.01})
+    assert choose(tmp_path)[0] == ("structure", "edges", 16)
+    assert choose(tmp_path, "--score", "readout")[0] == ("structure", "edges", 4)
+
+
+def test_readout_is_held_against_the_pixels_and_needs_enough_images(tmp_path, choose):
+    write_run(tmp_path, noise={"SC": 0.1, "EF": 50})
+    warnings = choose(tmp_path, "--score", "readout")[1]["warnings"]
+    assert [w.split(":")[0] for w in warnings] == [
+        f"ER of edges at OS 8, 20.00, does not clear that of the control {control}, 50.00"
+        for control in ("noise", "image")
+    ]
+    rows = list(csv.reader((tmp_path / "metrics.csv").read_text().splitlines()))
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *([*row[:-1], "nan"] for row in rows[1:])])
     assert choose(tmp_path)[0] == ("structure", "edges", 8)
-    assert choose(tmp_path, "--score", "ef_released")[0] == ("structure", "edges", 8)
-    triple, chosen = choose(tmp_path, "--score", "ef_share", "--auxiliary", "edges")
-    assert triple == ("structure", "edges", 16)
-    assert chosen["scores"]["edges"]["EF_SHARE"] == pytest.approx({"4": 0.5, "8": 0.5, "16": 1, "32": 0.4})
-    assert choose(tmp_path, "--score", "ef_share")[0] == ("structure", "weak", 4)
+    with pytest.raises(run.UserError, match=r"has no ER: it needs more images"):
+        choose(tmp_path, "--score", "readout")
 
 
 def test_overrides_are_recorded_as_chosen_by_hand(tmp_path, choose):
