@@ -2,10 +2,12 @@
 
     python tests/pretrain_tiny.py tiny_hiera --steps 1500
     python tests/pretrain_tiny.py tiny_vit --steps 1500
+    python tests/pretrain_tiny.py tiny_vit --teach boundaries --out vit_boundaries.safetensors    # for a study of leans
 
 Both learn from random weights with stage 4's own loop, alone under a Mask2Former decoder that is then thrown away, on
 the "pretrain" split of toycity: other textures, colours and layouts than the benchmark's splits. Their tasks differ as
-those of their big relatives do. tiny_hiera sees masks without classes, as SAM2 does; tiny_vit sees the classes.
+those of their big relatives do. tiny_hiera sees masks without classes, as SAM2 does; tiny_vit sees the classes. With
+--teach the same architecture can be taught another thing, which separates the two.
 """
 
 import argparse
@@ -37,22 +39,33 @@ PRETRAIN = dict(
 
 
 class WithoutClasses(Dataset):
-    """The same segments, all of one class."""
+    """The same pictures without classes: all their segments, or one of the boundaries between them, two pixels wide."""
 
-    def __init__(self, samples: Dataset):
-        self.samples = samples
+    def __init__(self, samples: Dataset, boundaries: bool):
+        self.samples, self.boundaries = samples, boundaries
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
         sample = self.samples[index]
-        return sample | {"labels": torch.zeros_like(sample["labels"])}
+        if not self.boundaries:
+            return sample | {"labels": torch.zeros_like(sample["labels"])}
+        segments = sample["segments"]
+        edges = torch.zeros_like(segments)
+        for a, b, edge_a, edge_b in (
+            (segments[:-1], segments[1:], edges[:-1], edges[1:]),
+            (segments[:, :-1], segments[:, 1:], edges[:, :-1], edges[:, 1:]),
+        ):
+            edge_a[a != b] = edge_b[a != b] = 1
+        return sample | {"segments": edges, "labels": torch.zeros(1).long(), "crowd": torch.zeros(1).bool()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoder", choices=("tiny_vit", "tiny_hiera"))
+    parser.add_argument("--teach", choices=("classes", "masks", "boundaries"), help="(default: as above)")
+    parser.add_argument("--out", type=Path, help="file of the weights (default: the one that ships)")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--data", type=Path, default=Path("data"))
@@ -60,12 +73,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.folder or Path("runs") / f"pretrain_{args.encoder}"
+    teach = args.teach or {"tiny_hiera": "masks", "tiny_vit": "classes"}[args.encoder]
 
     toycity.write(args.data / "pretrain/toycity", {"pretrain": args.scenes}, PRETRAIN)
     samples = Split(BENCHMARKS["toycity"], args.data / "pretrain", "toycity pretrain")
     class_names = [category.name for category in samples.categories]
-    if args.encoder == "tiny_hiera":
-        samples, class_names = WithoutClasses(samples), ["segment"]
+    if teach != "classes":
+        samples, class_names = WithoutClasses(samples, teach == "boundaries"), ["segment"]
     changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "resize": (192, 384)}
     recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **changes)
     training = stage4.Training(
@@ -90,10 +104,10 @@ def main():
     checkpoint = stage4.load_checkpoint(folder, training)
     stage4.train(model, samples, training, stage4.Settings(), folder, checkpoint)
 
-    path = Path(__file__).parents[1] / "common" / f"{args.encoder}.safetensors"
+    path = args.out or Path(__file__).parents[1] / "common" / f"{args.encoder}.safetensors"
     with run.whole_file(path) as temporary:
         save_file({k: v.half().contiguous() for k, v in model.pyramid.master.model.state_dict().items()}, temporary)
-    load_encoder(args.encoder)  # reads back
+    load_encoder(args.encoder, str(path))  # reads back
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
