@@ -42,7 +42,7 @@ import torch
 from pycocotools import mask as rle
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 KINDS = ", ".join(ENCODERS)
@@ -95,7 +95,7 @@ def choose_pictures(settings):
     return root, chosen | ({"size": settings.size} if settings.size else {})
 
 
-def look_at(index, samples):
+def look_at(index, samples, classes):
     """A sample's pixels by class, float64 [classes], and its picture's short side; or what is wrong with it."""
     try:
         sample = samples[index]
@@ -105,7 +105,7 @@ def look_at(index, samples):
         areas = rle.area(sample["rles"])
     else:
         areas = torch.bincount(sample["segments"].flatten(), minlength=len(sample["labels"]) + 1)[1:]
-    return np.bincount(sample["labels"], areas, len(samples.categories)), min(sample["image"].shape[1:])
+    return np.bincount(sample["labels"], areas, classes), min(sample["image"].shape[1:])
 
 
 def check_labels(train, settings):
@@ -113,28 +113,27 @@ def check_labels(train, settings):
 
     UserError for what would end a training or an evaluation.
     """
-    val, looks = open_split(settings.benchmark, settings.data, "val"), []
+    val = open_split(settings.benchmark, settings.data, "val")
     names, others = ([c.name for c in samples.categories] for samples in (train, val))
     differ = run.some(sorted({*names} ^ {*others}) or names)
     need(names == others, f"train and val of {train.root} list other classes, or in another order: {differ}")
-    helpers = run.loader_arguments(settings.workers)
-    for samples in (train, val):
-        loader = DataLoader(range(len(samples)), None, collate_fn=partial(look_at, samples=samples), **helpers)
-        looks.append(list(tqdm(loader, "looking at labels", unit="label")))
-    wrong = [look for look in looks[0] + looks[1] if isinstance(look, str)]
-    of_all = f"{len(wrong)} of {len(train) + len(val)}"
-    need(not wrong, f"{of_all} labelled pictures of {train.root} cannot be used: {run.some(wrong)}")
-    pixels = [np.array([areas for areas, _ in of_split]) for of_split in looks]  # [pictures, classes] of train and val
-    need(pixels[0].any(), f"no picture of train in {train.root} has a pixel of any class: {run.some(names)}")
-    report_labels(train, val, pixels)
-    small = max(side for _, side in looks[0] + looks[1]) <= 512
-    return ({"size": "own"} if small else {}) | ({"held_out": sorted(val.held_out)} if val.held_out else {})
+    both = ConcatDataset([train, val])
+    look = partial(look_at, samples=both, classes=len(names))
+    loader = DataLoader(range(len(both)), None, collate_fn=look, **run.loader_arguments(settings.workers))
+    looks = list(tqdm(loader, "looking at labels", unit="label"))
+    wrong = [look for look in looks if isinstance(look, str)]
+    need(not wrong, f"{len(wrong)} of {len(both)} pictures of {train.root} cannot be used: {run.some(wrong)}")
+    pixels = np.array([areas for areas, _ in looks])  # [pictures of train, then of val; classes]
+    need(pixels[: len(train)].any(), f"no picture to train on in {train.root} has a pixel of {run.some(names)}")
+    report_labels(train, val, np.split(pixels, [len(train)]))
+    size = {"size": "own"} if max(side for _, side in looks) <= 512 else {}
+    return size | {"held_out": sorted(val.held_out)}
 
 
 def report_labels(train, val, pixels):
-    """Each class's share of what is labelled, and its pictures, in train and val; and what may be an oversight.
+    """Each class's share of what is labelled, and its pictures; and what may be an oversight.
 
-    pixels: by class, float64 [pictures, classes] of train and val.
+    pixels: by class, float64 [pictures, classes], of train and of val.
     """
     columns, names = [], [category.name for category in train.categories]
     for areas in pixels:
@@ -144,22 +143,19 @@ def report_labels(train, val, pixels):
     print(f"\n{len(train)} pictures of {train.root} to train on, {len(val)} to evaluate on")
     print(run.table([head, *zip(names, *columns, strict=True)]))
     if val.held_out:
-        print(f"no val split: a fifth of train is held out, in every stage the same: {run.some(sorted(val.held_out))}")
+        held_out = run.some(sorted(val.held_out))
+        print(f"no val split: a fifth of train is held out, in every stage the same (see run.json): {held_out}")
 
-    in_train, in_val = (areas.any(0) for areas in pixels)
+    found = zip(names, *(areas.any(0) for areas in pixels), strict=True)
+    absent = [name + (" (but in val)" if in_val else "") for name, in_train, in_val in found if not in_train]
     blank = np.array(train.names + val.names)[~np.concatenate(pixels).any(1)]
     folders = {"semantic": ["labels/{}"], "instance": ["{}"], "panoptic": ["{}", "annotations/panoptic_{}"]}[train.task]
     folders = {folder.format(split) for folder in folders for split in ("train", "train" if val.held_out else "val")}
     there = {f"{folder}/{name}" for folder in folders for name in list_pictures(train.root / folder)}
     lone = sorted(there - {file for samples in (train, val) for files in samples.files for file in files})
-    for what, found in (
-        ("classes are not in train", np.array(names)[~in_train]),
-        ("classes are in val alone, where nothing can find them", np.array(names)[~in_train & in_val]),
-        ("pictures hold no pixel of any class", blank),
-        ("files have no counterpart, and are not used", lone),
-    ):
-        if len(found):
-            print(f"WARNING: {len(found)} {what}: {run.some(found)}")
+    for what, odd in (("classes not in train", absent), ("pictures without a class", blank), ("files unused", lone)):
+        if len(odd):
+            print(f"WARNING: {what}: {len(odd)}, {run.some(odd)}")
 
 
 def read_picture(name, root, size, turn):

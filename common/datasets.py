@@ -264,12 +264,14 @@ class Split(Dataset):
             need(len(set(names)) == len(names), f"{table} names two classes {max(names, key=names.count)!r}")
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for file in map(Path, dict.fromkeys(file for files in self.files for file in files)):
+        needed = [Path(file) for file in dict.fromkeys(file for files in self.files for file in files)]
+        for file in needed:
             need(not file.is_absolute() and ".." not in file.parts, f"{file} lies outside {self.root}")
-            need((self.root / file).is_file(), f"{self.root / file} is needed and not there")
+        lost = [self.root / file for file in needed if not (self.root / file).is_file()]
+        need(not lost, f"{some(lost)} {'is' if len(lost) == 1 else 'are'} needed and not there")
         names = [picture for picture, *_ in self.files]
-        self.held_out = hold_out(names) if holds_out else []
-        # Of all files, those of this part
+        self.held_out = hold_out(names) if holds_out else set()
+        # Where this part's pictures stand among all
         self.places = [i for i, name in enumerate(names) if not holds_out or (name in self.held_out) == (part == "val")]
         self.names = [names[place] for place in self.places]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
@@ -354,16 +356,12 @@ def read_classes(file):
 
 
 def list_own(root, split):
-    """For each image the paths below root of the picture and its label, a PNG of the same name in labels/."""
+    """For each image the paths below root of the picture and of its label, a PNG of the same name."""
     files = {}  # {label: picture}
     for name in list_pictures(root / "images" / split):
         picture, label = f"images/{split}/{name}", Path("labels", split, name).with_suffix(".png").as_posix()
         other = files.setdefault(label, picture)
         need(other == picture, f"{root}: {other} and {picture} would share {label}: rename one of them")
-    lost = [label for label in files if not (root / label).is_file()]
-    need(
-        not lost, f"{len(lost)} of {len(files)} pictures of {root}/images/{split} have no label: expected {some(lost)}"
-    )
     return [[picture, label] for label, picture in files.items()]
 
 

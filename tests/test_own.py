@@ -1,6 +1,5 @@
 """Own data sets: what is read, what is held out, what stage 1 says of the labels, and all five stages."""
 
-import dataclasses
 import importlib
 import json
 import subprocess
@@ -137,12 +136,12 @@ def coco(root, **splits):
 def test_coco_s_form_with_and_without_val(tmp_path, benchmark):
     coco(tmp_path / "both", train=3, val=2)
     train, val = (open_split(benchmark, tmp_path / "both", part) for part in ("train", "val"))
-    assert (len(train), len(val), val.held_out) == (3, 2, []) and val.names[0].startswith("val/")
+    assert (len(train), len(val), val.held_out) == (3, 2, set()) and val.names[0].startswith("val/")
     assert val[0]["image_id"] == 1000
 
-    coco(tmp_path / "alone", train=10)
+    coco(tmp_path / "alone", train=5)
     train, val = (open_split(benchmark, tmp_path / "alone", part) for part in ("train", "val"))
-    assert len(train) == 8 and len(val) == 2 and not set(train.names) & set(val.names)
+    assert len(train) == 4 and len(val) == 1 and not set(train.names) & set(val.names)
     for samples in (train, val):
         for index, name in enumerate(samples.names):
             assert samples[index]["name"] == name == f"train/{samples[index]['image_id']:012d}.jpg"
@@ -152,7 +151,7 @@ def test_coco_s_form_with_and_without_val(tmp_path, benchmark):
 
 
 def test_coco_s_ap_is_of_the_held_out_pictures_alone(tmp_path):
-    coco(tmp_path, train=10)
+    coco(tmp_path, train=5)
     samples = open_split("own_instance", tmp_path, "val")
     score = stage5.CocoInstanceScore(samples.coco.file)
     for sample in samples:
@@ -175,8 +174,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
         (lambda r: (r / "classes.txt").write_text("soil\ncrop\n-\nsoil\n"), "classes.txt names two classes 'soil'"),
         (lambda r: (r / "classes.txt").write_text("soil\n\ncrop\nweed"), "classes.txt: a line is empty: write -"),
         (lambda r: (r / "classes.txt").write_bytes(b"\xff\xfes\0o\0"), "classes.txt cannot be read as a class a line"),
-        (lambda r: (r / "labels/val/row0/val0.png").unlink(), "1 of 5 pictures of .* no label: expected labels/val"),
-        (lambda r: (r / "labels/val").rename(r / "lost"), "5 of 5 .*row0/val0.png, labels/val/row0/val2.png, .*2 more"),
+        (lambda r: (r / "labels/val/row0/val0.png").unlink(), "labels/val/row0/val0.png is needed and not there"),
+        (lambda r: (r / "labels/val").rename(r / "lost"), "row0/val0.png, .*row0/val2.png, .* and 2 more are needed"),
         (lambda r: (r / "images/val").rename(r / "lost"), "there is no folder .*images/val"),
         (lambda r: [p.unlink() for p in (r / "images/val").rglob("*.*")], "images/val holds no pictures"),
         (lambda r: save(r / "images/val/row1/val1.png", np.zeros((64, 96), np.uint8)),
@@ -212,7 +211,7 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_extracted(tmp_pat
         open_split("own_semantic", tmp_path / "own", "val")[1]
     assert "\n" not in str(error.value)
     change(tmp_path / "own/labels/train/row0/train0.png")
-    with pytest.raises(UserError, match=f"2 of 10 labelled pictures of .* cannot be used: .*train0.png {message}"):
+    with pytest.raises(UserError, match=f"2 of 10 pictures of .* cannot be used: .*train0.png {message}"):
         extract(stage, tmp_path / "own", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -223,7 +222,7 @@ def test_coco_s_form_is_looked_at_too(tmp_path, stage):
     content = json.loads(file.read_text())
     content["annotations"][0]["category_id"] = 99
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 of 6 labelled pictures .* holds the unknown label 99"):
+    with pytest.raises(UserError, match="1 of 6 pictures .* holds the unknown label 99"):
         extract(stage, tmp_path / "own", tmp_path / "run", benchmark="own_instance")
     content["categories"].reverse()
     file.write_text(json.dumps(content))
@@ -256,15 +255,14 @@ def test_stage_1_tables_the_labels_and_warns(tmp_path, stage):
     assert rows["soil"] == ["66.67", "2", "66.67", "2"] and rows["crop"] == ["33.33", "1", "0.00", "0"]
     assert rows["stone"] == ["0.00", "0", "33.33", "1"] and "-" not in rows
     assert "3 pictures of" in said and "to train on, 3 to evaluate on" in said and "held out" not in said
-    assert "WARNING: 3 classes are not in train: weed, stone, hail\n" in said
-    assert "WARNING: 1 classes are in val alone, where nothing can find them: stone\n" in said
-    assert "WARNING: 2 pictures hold no pixel of any class: images/train/row1/train1" not in said
-    assert "WARNING: 2 pictures hold no pixel of any class: images/train/" in said
-    assert "WARNING: 1 files have no counterpart, and are not used: labels/train/row0/gone.png\n" in said
-    assert "held_out" not in json.loads((tmp_path / "run/run.json").read_text())
+    assert "WARNING: classes not in train: 3, weed, stone (but in val), hail\n" in said
+    blank = "images/train/row1/train1.jpg, images/val/row1/val1.jpg"
+    assert f"WARNING: pictures without a class: 2, {blank}\n" in said
+    assert "WARNING: files unused: 1, labels/train/row0/gone.png\n" in said
+    assert json.loads((tmp_path / "run/run.json").read_text())["held_out"] == []
     for file in (own / "labels/train").rglob("*.png"):
         save(file, np.full((64, 96), 2, np.uint8))
-    with pytest.raises(UserError, match="no picture of train in .* has a pixel of any class: soil, crop, weed and 2"):
+    with pytest.raises(UserError, match="no picture to train on in .* has a pixel of soil, crop, weed and 2"):
         extract(stage, own, tmp_path / "run")
 
 
@@ -274,20 +272,22 @@ def test_stage_1_says_what_is_held_out_and_takes_none_of_it(tmp_path, stage):
     held_out = open_split("own_semantic", tmp_path / "own", "val").names
     asked = json.loads((tmp_path / "run/run.json").read_text())
     assert asked["held_out"] == held_out and len(asked["images"]) == 8 and not set(held_out) & set(asked["images"])
-    assert f"no val split: a fifth of train is held out, in every stage the same: {', '.join(held_out)}\n" in said
+    assert (
+        f"no val split: a fifth of train is held out, in every stage the same (see run.json): {', '.join(held_out)}\n"
+        in said
+    )
     assert "WARNING" not in said
 
 
 def test_pictures_keep_a_small_size_and_large_ones_get_512(tmp_path, stage):
-    for side, size, shape in ((64, "own", (64, 96)), (600, "512", (512, 512))):
+    for side, size, shape in ((64, "own", "16 x 24"), (600, "512", "128 x 192")):
         root = tmp_path / f"{side}"
         fields(root, count=1)
         save(root / "images/val/row0/val0.PNG", np.zeros((side, max(side, 96), 3), np.uint8))
         save(root / "labels/val/row0/val0.png", np.zeros((side, max(side, 96)), np.uint8))
         said = extract(stage, root, tmp_path / f"run{side}", "--encoders", "tiny_hiera")
         assert json.loads((tmp_path / f"run{side}/run.json").read_text())["size"] == size
-        assert (f"| {64 // 4} x {96 // 4} " if size == "own" else "| 128 x 192 ") in said
-        assert "| 4      | 24       |" in said and shape
+        assert f"| 4      | 24       | {shape} " in said
     extract(stage, tmp_path / "64", tmp_path / "given", "--size", "32", "--encoders", "tiny_hiera")
     assert json.loads((tmp_path / "given/run.json").read_text())["size"] == "32"
 
@@ -307,7 +307,7 @@ class Pictures:
         return self.count
 
     def __getitem__(self, index):
-        return {"image": torch.zeros(3, *self.sizes[index % len(self.sizes)])}
+        return {"image": torch.zeros(3, 1, 1).expand(3, *self.sizes[index % len(self.sizes)])}
 
 
 @pytest.mark.parametrize(
@@ -318,14 +318,14 @@ class Pictures:
         (20, (1000, 1000), "cpu", 400, (384, 384), (384, 768), "512"),
         (20, (4096, 4096), "cuda", 5000, (768, 768), (768, 1536), "1024"),
         (100_000, (512, 2048), "cpu", 2000, (192, 768), (192, 384), "256"),
-        (100_000, (64, 96), "cuda", 180_000, (32, 64), (48, 96), "64"),
+        (100_000, (64, 96), "cuda", 180_000, (64, 64), (48, 96), "64"),
         (9, (20, 30), "cpu", 400, (32, 32), (24, 48), "32"),
     ],
 )
 def test_the_recipe_fits_pictures_and_device(capsys, count, size, device, steps, crop, resize, test_size):
     recipe = stage4.fit_recipe(Pictures(count, size), device)
-    assert (recipe.steps, recipe.batch, recipe.resize, recipe.test_size) == (steps, 4, resize, test_size)
-    assert all(abs(a - b) <= 32 and a % 32 == 0 for a, b in zip(recipe.crop, crop, strict=True))
+    assert (recipe.steps, recipe.batch) == (steps, 4)
+    assert (recipe.crop, recipe.resize, recipe.test_size) == (crop, resize, test_size)
     small = (recipe.width, recipe.decoder_layers, recipe.encoder_layers, recipe.points) == (64, 3, 2, 1024)
     assert small == (device == "cpu") and (recipe.width == 256) == (device == "cuda")
     assert recipe.learning_rate == (1e-4 if device == "cuda" else 5e-4) and recipe.drops == ()
@@ -371,4 +371,3 @@ def test_all_five_stages(tmp_path, stage, benchmark, measure):
     value = stage5.run.number(entry["scores"][measure])
     (row,) = [line for line in said.splitlines() if line.startswith(f"| {benchmark}")]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [benchmark, measure, "-", value]
-    assert f"| {benchmark}" in said and dataclasses.is_dataclass(BENCHMARKS[benchmark])
