@@ -101,10 +101,7 @@ def look_at(index, samples, classes):
         sample = samples[index]
     except UserError as error:
         return str(error)
-    if "rles" in sample:
-        areas = rle.area(sample["rles"])
-    else:
-        areas = torch.bincount(sample["segments"].flatten(), minlength=len(sample["labels"]) + 1)[1:]
+    areas = rle.area(sample["rles"]) if "rles" in sample else torch.bincount(sample["segments"].flatten())[1:]
     return np.bincount(sample["labels"], areas, classes), min(sample["image"].shape[1:])
 
 
@@ -126,8 +123,7 @@ def check_labels(train, settings):
     pixels = np.array([areas for areas, _ in looks])  # [pictures of train, then of val; classes]
     need(pixels[: len(train)].any(), f"no picture to train on in {train.root} has a pixel of {run.some(names)}")
     report_labels(train, val, np.split(pixels, [len(train)]))
-    size = {"size": "own"} if max(side for _, side in looks) <= 512 else {}
-    return size | {"held_out": sorted(val.held_out)}
+    return {"held_out": sorted(val.held_out)} | ({"size": "own"} if max(side for _, side in looks) <= 512 else {})
 
 
 def report_labels(train, val, pixels):
@@ -143,8 +139,7 @@ def report_labels(train, val, pixels):
     print(f"\n{len(train)} pictures of {train.root} to train on, {len(val)} to evaluate on")
     print(run.table([head, *zip(names, *columns, strict=True)]))
     if val.held_out:
-        held_out = run.some(sorted(val.held_out))
-        print(f"no val split: a fifth of train is held out, in every stage the same (see run.json): {held_out}")
+        print(f"no val split: a fifth of train is held out, in all stages (see run.json): {run.some(val.names)}")
 
     found = zip(names, *(areas.any(0) for areas in pixels), strict=True)
     absent = [name + (" (but in val)" if in_val else "") for name, in_train, in_val in found if not in_train]

@@ -347,11 +347,11 @@ def list_files(root, split, templates):
 
 # ------------------------------------------------------------------ own data sets
 def read_classes(file):
-    """The lines of classes.txt, "-" for a value that does not count. UserError if there are none, or empty ones."""
+    """The lines of classes.txt, "-" for a value that does not count. UserError for empty ones, or too many."""
     with reading(file, "a class a line"):
         lines = [line.strip() for line in file.read_text("utf-8-sig").rstrip().splitlines()]
-    need(0 < len(lines) < 256, f"{file} has {len(lines)} lines: expected 1 to 255, a class a line")
-    need(all(lines), f"{file}: a line is empty: write - for a value that does not count")
+    right = len(lines) < 256 and all(lines)
+    need(right, f"{file}: expected at most 255 lines, a class each, and none empty: - is a value that does not count")
     return lines
 
 
