@@ -119,7 +119,7 @@ def check_labels(train, settings):
     loader = DataLoader(range(len(both)), None, collate_fn=look, **run.loader_arguments(settings.workers))
     looks = list(tqdm(loader, "looking at labels", unit="label"))
     wrong = [look for look in looks if isinstance(look, str)]
-    need(not wrong, f"{len(wrong)} of {len(both)} pictures of {train.root} cannot be used: {run.some(wrong)}")
+    need(not wrong, f"{len(wrong)} of {len(both)} pictures of {train.root} cannot be used: {run.some(wrong, '; ')}")
     pixels = np.array([areas for areas, _ in looks])  # [pictures of train, then of val; classes]
     need(pixels[: len(train)].any(), f"no picture to train on in {train.root} has a pixel of {run.some(names)}")
     report_labels(train, val, np.split(pixels, [len(train)]))

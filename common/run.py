@@ -182,9 +182,9 @@ def refuse_other_settings(what, old, new, advice):
     need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
 
 
-def some(items):
+def some(items, comma=", "):
     """The first three, and how many more there are."""
-    return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+    return comma.join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def number(value, digits=1):

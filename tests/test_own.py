@@ -212,7 +212,8 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_extracted(tmp_pat
         open_split("own_semantic", tmp_path / "own", "val")[1]
     assert "\n" not in str(error.value)
     change(tmp_path / "own/labels/train/row0/train0.png")
-    with pytest.raises(UserError, match=f"2 of 10 pictures of .* cannot be used: .*train0.png {message}"):
+    both = f"cannot be used: .*train0.png {message}.*; .*val2.png {message}"
+    with pytest.raises(UserError, match=f"2 of 10 pictures of .* {both}"):
         extract(stage, tmp_path / "own", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
