@@ -327,7 +327,7 @@ def test_the_recipe_fits_pictures_and_device(capsys, count, size, device, steps,
     assert (recipe.crop, recipe.resize, recipe.test_size) == (crop, resize, test_size)
     small = (recipe.width, recipe.decoder_layers, recipe.encoder_layers, recipe.points) == (64, 3, 2, 1024)
     assert small == (device == "cpu") and (recipe.width == 256) == (device == "cuda")
-    assert recipe.learning_rate == (1e-4 if device == "cuda" else 1e-3) and recipe.drops == ()
+    assert recipe.learning_rate == (1e-4 if device == "cuda" else 2e-3) and recipe.drops == ()
     assert f"{count} pictures of some {size[0]} x {size[1]} pixels, on {device}" in capsys.readouterr().out
 
 
