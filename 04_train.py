@@ -160,7 +160,7 @@ def fit_recipe(samples, device):
     # 180, and at most as many steps; a CPU's take an hour at most.
     epochs, least, most = (150, 5000, 180_000) if device == "cuda" else (10, 400, 2000)
     steps = min(max(least, epochs * len(samples) // 4), most)
-    # toycity's rate does for a pretrained encoder too: on CamVid, 200 steps with an EfficientNet as the master alone gave
+    # toycity's rate does for a pretrained encoder too: on CamVid, 200 steps of an EfficientNet without auxiliary gave
     # mIoU 45.5 at 2e-3, 40.0 at 1e-3, 37.8 at 5e-4 (40 test pictures, one seed).
     return Recipe(steps, 4, **sizes, **({} if device == "cuda" else TINY))
 
