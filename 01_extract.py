@@ -3,10 +3,12 @@
     python 01_extract.py                                                     the embedded benchmark, toycity
     python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        your own pictures, no labels needed
     python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
+    python 01_extract.py --benchmark own_semantic --data fields/ --encoders dinov3_b sam2_b       your own, labelled
 
 Each picture is scaled to a working size and passes once through each encoder; the native maps are stored in float16.
 Files that are there and whole are kept: an interrupted run goes on where it stopped, and an encoder added to --encoders
-is the only one that runs. A picture that cannot be read is named and left out.
+is the only one that runs. A picture that cannot be read is named and left out. Of an own data set all labels are looked
+at first. Its pictures keep their size where none has a short side above 512, and get that one otherwise.
 
 Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
 """
@@ -37,9 +39,10 @@ from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
 
 import numpy as np
 import torch
+from pycocotools import mask as rle
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 KINDS = ", ".join(ENCODERS)
@@ -51,11 +54,11 @@ class Settings:
     run: Path | None = flag(None, "run folder (default: runs/ and the name of the benchmark or folder)")
     benchmark: str | None = flag(None, "whose training pictures to take (default: toycity)")
     images: Path | None = flag(None, "take the pictures of a folder instead", metavar="FOLDER")
-    data: Path = flag(Path("data"), "folder of the data sets")
+    data: Path = flag(Path("data"), "folder of the data sets; for own_…, the data set's own")
     encoders: tuple[str, ...] = flag(("tiny_vit", "tiny_hiera"), f"of {KINDS}, or timm:NAME", metavar="NAME", nargs="+")
     weights: tuple[str, ...] = flag(("pretrained",), "pretrained, none or NAME=FILE", metavar="WHICH", nargs="+")
     limit: int | None = flag(None, "pictures, evenly spaced (default: 24 for toycity, else 200)", type=positive)
-    size: str | None = flag(None, "HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: the benchmark's)")
+    size: str | None = flag(None, "HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: above, or the benchmark's)")
     seed: int = flag(0, type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "helpers beside the main process", type=natural)
@@ -78,14 +81,76 @@ def choose_weights(encoders, words):
 
 # ------------------------------------------------------------------ pictures
 def choose_pictures(settings):
-    """The folder that holds the pictures, and the names below it of those taken."""
+    """The folder that holds the pictures, and for run.json the names below it of those taken, and their --size."""
+    chosen = {"size": "512"}
     if settings.images:
         root, names = settings.images, list_pictures(settings.images)
     else:
         samples = open_split(settings.benchmark, settings.data, "train")
-        root, names = samples.root, samples.names
+        root, names, chosen["size"] = samples.root, samples.names, find_benchmark(settings.benchmark).size
+        if settings.benchmark.startswith("own_"):
+            chosen |= check_labels(samples, settings)
     few = 24 if settings.benchmark == "toycity" else 200
-    return root, run.evenly_spaced(names, settings.limit or few)
+    chosen["images"] = run.evenly_spaced(names, settings.limit or few)
+    return root, chosen | ({"size": settings.size} if settings.size else {})
+
+
+def look_at(index, samples, classes):
+    """A sample's pixels by class, float64 [classes], and its picture's short side; or what is wrong with it."""
+    try:
+        sample = samples[index]
+    except UserError as error:
+        return str(error)
+    areas = rle.area(sample["rles"]) if "rles" in sample else torch.bincount(sample["segments"].flatten())[1:]
+    return np.bincount(sample["labels"], areas, classes), min(sample["image"].shape[1:])
+
+
+def check_labels(train, settings):
+    """Look at every label of an own data set, and report. Returns what run.json is to say of it.
+
+    UserError for what would end a training or an evaluation.
+    """
+    val = open_split(settings.benchmark, settings.data, "val")
+    names, others = ([c.name for c in samples.categories] for samples in (train, val))
+    differ = run.some(sorted({*names} ^ {*others}) or names)
+    need(names == others, f"train and val of {train.root} list other classes, or in another order: {differ}")
+    both = ConcatDataset([train, val])
+    look = partial(look_at, samples=both, classes=len(names))
+    loader = DataLoader(range(len(both)), None, collate_fn=look, **run.loader_arguments(settings.workers))
+    looks = list(tqdm(loader, "looking at labels", unit="label"))
+    wrong = [look for look in looks if isinstance(look, str)]
+    need(not wrong, f"{len(wrong)} of {len(both)} pictures of {train.root} cannot be used: {run.some(wrong, '; ')}")
+    pixels = np.array([areas for areas, _ in looks])  # [pictures of train, then of val; classes]
+    need(pixels[: len(train)].any(), f"no picture to train on in {train.root} has a pixel of {run.some(names)}")
+    report_labels(train, val, np.split(pixels, [len(train)]))
+    return {"held_out": sorted(val.held_out)} | ({"size": "own"} if max(side for _, side in looks) <= 512 else {})
+
+
+def report_labels(train, val, pixels):
+    """Each class's share of what is labelled, and its pictures; and what may be an oversight.
+
+    pixels: by class, float64 [pictures, classes], of train and of val.
+    """
+    columns, names = [], [category.name for category in train.categories]
+    for areas in pixels:
+        shares = 100 * areas.sum(0) / max(1, areas.sum())
+        columns += [[run.number(share, 2) for share in shares], map(str, (areas > 0).sum(0))]
+    head = ["class", "train: % of pixels", "pictures", "val: % of pixels", "pictures"]
+    print(f"\n{len(train)} pictures of {train.root} to train on, {len(val)} to evaluate on")
+    print(run.table([head, *zip(names, *columns, strict=True)]))
+    if val.held_out:
+        print(f"no val split: a fifth of train is held out, in all stages (see run.json): {run.some(val.names)}")
+
+    found = zip(names, *(areas.any(0) for areas in pixels), strict=True)
+    absent = [name + (" (but in val)" if in_val else "") for name, in_train, in_val in found if not in_train]
+    blank = np.array(train.names + val.names)[~np.concatenate(pixels).any(1)]
+    folders = {"semantic": ["labels/{}"], "instance": ["{}"], "panoptic": ["{}", "annotations/panoptic_{}"]}[train.task]
+    folders = {folder.format(split) for folder in folders for split in ("train", "train" if val.held_out else "val")}
+    there = {f"{folder}/{name}" for folder in folders for name in list_pictures(train.root / folder)}
+    lone = sorted(there - {file for samples in (train, val) for files in samples.files for file in files})
+    for what, odd in (("classes not in train", absent), ("pictures without a class", blank), ("files unused", lone)):
+        if len(odd):
+            print(f"WARNING: {what}: {len(odd)}, {run.some(odd)}")
 
 
 def read_picture(name, root, size, turn):
@@ -223,9 +288,9 @@ def main():
     if not settings.images:
         settings.benchmark = settings.benchmark or "toycity"
     benchmark = settings.benchmark  # None: a folder of pictures
-    size = settings.size or ("512" if settings.images else find_benchmark(benchmark).size)
-    working_size(512, 512, size)  # refuses a --size that means nothing
-    root, names = choose_pictures(settings)
+    working_size(512, 512, settings.size or "512")  # refuses a --size that means nothing
+    root, chosen = choose_pictures(settings)
+    names, size = chosen["images"], chosen["size"]
     folder = settings.run or Path("runs") / (benchmark or root.resolve().name)
     need(folder.resolve() != root.resolve(), f"{folder} holds the pictures: give another --run")
 
@@ -237,7 +302,7 @@ def main():
             torch.manual_seed(settings.seed)  # random weights are the same in every run
             encoders.append(load_encoder(name, weights[name], settings.device))
     places = {"data": None if settings.images else str(settings.data.resolve()), "root": str(root.resolve())}
-    asked = {"benchmark": benchmark, **places, "images": names, "size": size}
+    asked = {"benchmark": benchmark, **places, **chosen}
     asked |= {"encoders": list(settings.encoders), "weights": weights, "seed": settings.seed}
     asked["weights_from"] = {name: weights_origin(name, weights[name]) for name in settings.encoders}
     found = open_run(folder, asked)

@@ -254,7 +254,8 @@ def report(path, samples, trained, entry):
     text += f", {model['steps']} steps on {benchmark.trains_on}, seed {model['seed']}; percent"
     for encoder, weights in model["weights"].items():
         text += f"; RANDOM WEIGHTS at the start: {encoder}" if weights == "none" else ""
-    text += f"\n\n{model['benchmark']}, {entry['images']} of {len(samples)} images"
+    of = "images held out of train" if samples.held_out else "images"
+    text += f"\n\n{model['benchmark']}, {entry['images']} of {len(samples)} {of}"
     text += f"; the paper: {', '.join(benchmark.measures)} {benchmark.paper}\n\n"
     text += run.table([list(entry["scores"]), list(map(run.number, entry["scores"].values()))])
     columns = [entry[MEASURES[measure]]["per_class"] for measure in benchmark.measures]

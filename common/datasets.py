@@ -11,6 +11,7 @@ COCO's instances may overlap: there `rles`, a list of S run-length encoded masks
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import toycity
-from common.run import UserError, need
+from common.run import UserError, need, some
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ SYNTHIA = dict(enumerate(SYNTHIA))
 # ------------------------------------------------------------------ benchmarks
 @dataclass(frozen=True)
 class Benchmark:
-    trains_on: str  # folder under the data root, and split
+    trains_on: str  # folder under the data root ("own": the root itself), and split
     evaluates_on: str
     task: str  # "semantic", "instance" or "panoptic": what a segment is
     measures: tuple[str, ...]
@@ -79,6 +80,9 @@ BENCHMARKS = {
     "urbansyn_to_cityscapes_instance": Benchmark("urbansyn train", *CITYSCAPES_VAL, "32.5 (ViT-L)"),
     "synscapes_to_cityscapes_instance": Benchmark("synscapes train", *CITYSCAPES_VAL, "33.4 (ViT-L)"),
     "synthia_to_cityscapes_instance": Benchmark("synthia train", *CITYSCAPES_VAL),
+    "own_semantic": Benchmark("own train", "own val", "semantic", ("mIoU",), size="512"),
+    "own_instance": Benchmark("own train", "own val", "instance", ("AP",), size="512"),
+    "own_panoptic": Benchmark("own train", "own val", "panoptic", ("PQ",), size="512"),
 }
 
 
@@ -136,6 +140,16 @@ def read_synthia(files, size):
     need(classes.max() <= max(SYNTHIA), f"{files[0]} holds the unknown label {classes.max()}")
     ids = 65536 * classes + instances
     return Labels(ids, {id: (id >> 16, id & 65535 == 0) for id in present(ids)})
+
+
+def read_own(files, size):
+    """The pixel is the line of classes.txt; the highest value, of 8 or of 16 bits, does not count."""
+    with reading(files[0], "a picture"), Image.open(files[0]) as image:
+        bits = {"L": 8, "P": 8, "I;16": 16, "I": 16}.get(image.mode)  # a palette's index is the value
+        expected = "a PNG of one channel, 8 or 16 bits, or with a palette, its pixels the lines of classes.txt"
+        need(bits and image.format == "PNG", f"{files[0]} is {image.format} of mode {image.mode}: expected {expected}")
+    ids = label_image(files[0], size)
+    return Labels(ids, {id: (id if id < 2**bits - 1 else None, False) for id in present(ids)})
 
 
 def read_coco_panoptic(files, size, segments):
@@ -206,6 +220,7 @@ DATA_SETS = {
     "synscapes": (read_synscapes, ITSELF | {255: 255}, SYNSCAPES),
     "synthia": (read_synthia, SYNTHIA, ["RGB/{stem}.png", "GT/LABELS/{stem}.png"]),
     "coco": (None, {}, []),  # by the task, and all else stands in its JSON
+    "own": (read_own, {}, []),  # or as COCO, by the task
 }
 
 
@@ -219,15 +234,23 @@ class Split(Dataset):
 
     def __init__(self, benchmark, data, where, measures=()):
         folder, split = where.split()
-        self.root, self.task, self.measures = data / folder, benchmark.task, measures
+        own = folder == "own"
+        self.root, self.task, self.measures = data if own else data / folder, benchmark.task, measures
         self.beside = benchmark.beside
         need(self.root.is_dir(), f"{self.root} is needed and not there: say where your data sets are with --data")
         self.read, id_of, templates = DATA_SETS[folder]
         self.categories, self.coco = benchmark.categories, None
-        if folder == "coco":
+        of_val = ("val", "images/val", "labels/val", "annotations/instances_val.json", "annotations/panoptic_val.json")
+        holds_out, part = own and not any(os.path.lexists(self.root / file) for file in of_val), split
+        split = "train" if holds_out else split
+        if folder == "coco" or own and self.task != "semantic":
             self.coco = CocoIndex(self.root, split, "panoptic" if self.task == "panoptic" else "instances")
             self.categories, self.files = self.coco.categories, self.coco.files
             self.read = read_coco_panoptic if self.task == "panoptic" else read_coco_instances
+        elif own:
+            lines, self.files = read_classes(self.root / "classes.txt"), list_own(self.root, split)
+            self.categories = [Category(line, name, False) for line, name in enumerate(lines) if name != "-"]
+            id_of = dict.fromkeys([*range(len(lines)), None])
         else:
             self.files = list(list_files(self.root, split, templates))
         if folder == ADE:
@@ -235,24 +258,35 @@ class Split(Dataset):
             with reading(table, "lines of Idx, Ratio, Train, Val and Name with tabs between"):
                 rows = [line.split("\t") for line in table.read_text("utf-8").strip().splitlines()[1:]]
                 self.categories = [Category(int(row[0]), row[4].split(",")[0].strip(), False) for row in rows]
+        if own:
+            table, names = self.coco.file if self.coco else self.root / "classes.txt", [c.name for c in self.categories]
+            need(names, f"{table} names no class")
+            need(len(set(names)) == len(names), f"{table} names two classes {max(names, key=names.count)!r}")
         if benchmark.categories is None:
             id_of = id_of | {category.id: category.id for category in self.categories}
-        for file in map(Path, dict.fromkeys(file for files in self.files for file in files)):
+        needed = [Path(file) for file in dict.fromkeys(file for files in self.files for file in files)]
+        for file in needed:
             need(not file.is_absolute() and ".." not in file.parts, f"{file} lies outside {self.root}")
-            need((self.root / file).is_file(), f"{self.root / file} is needed and not there")
-        self.names = [picture for picture, *_ in self.files]
+        lost = [self.root / file for file in needed if not (self.root / file).is_file()]
+        need(not lost, f"{some(lost)} {'is' if len(lost) == 1 else 'are'} needed and not there")
+        names = [picture for picture, *_ in self.files]
+        self.held_out = hold_out(names) if holds_out else set()
+        # Where this part's pictures stand among all
+        self.places = [i for i, name in enumerate(names) if not holds_out or (name in self.held_out) == (part == "val")]
+        self.names = [names[place] for place in self.places]
         index_of = {category.id: index for index, category in enumerate(self.categories)}
         self.label_of = {called: index_of.get(id) for called, id in id_of.items()}  # None: is not evaluated
 
     def __len__(self):
-        return len(self.files)
+        return len(self.places)
 
     def __getitem__(self, index):
-        picture, *files = (self.root / file for file in self.files[index])
+        place = self.places[index]
+        picture, *files = (self.root / file for file in self.files[place])
         image = read_image(picture, turn=False)
         size = tuple(image.shape[1:])
-        image_id = self.coco.image_ids[index] if self.coco else index
-        found = self.read(files, size, self.coco[index]) if self.coco else self.read(files, size)
+        image_id = self.coco.image_ids[place] if self.coco else index
+        found = self.read(files, size, self.coco[place]) if self.coco else self.read(files, size)
         number_of, segments = self.segments(found.class_of, files[0])
         sample = {"image": image, "image_id": image_id, "name": self.names[index]}
         if isinstance(found.ids, list):
@@ -266,8 +300,9 @@ class Split(Dataset):
     def segments(self, class_of, file):
         """By the task, each id's segment, int32, and the segments, [(label, is it a crowd?, a thing's id)]."""
         number_of, segments = np.zeros(max(class_of, default=0) + 1, np.int32), {}
+        known = [called for called in self.label_of if called is not None]
         for id, (called, crowd) in class_of.items():
-            need(called in self.label_of, f"{file} holds the unknown label {called!r}")
+            need(called in self.label_of, f"{file} holds the unknown label {called!r}: known are {some(known)}")
             label = self.label_of[called]
             if label is not None:
                 thing = self.task != "semantic" and self.categories[label].isthing
@@ -308,6 +343,33 @@ def list_files(root, split, templates):
         words = re.fullmatch(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern), name)
         need(words, f"{root / name} is not where pictures are expected, {glob}")
         yield [name, *(template.format(split=split, **words.groupdict()) for template in templates[1:])]
+
+
+# ------------------------------------------------------------------ own data sets
+def read_classes(file):
+    """The lines of classes.txt, "-" for a value that does not count. UserError for empty ones, or too many."""
+    with reading(file, "a class a line"):
+        lines = [line.strip() for line in file.read_text("utf-8-sig").rstrip().splitlines()]
+    right = len(lines) < 256 and all(lines)
+    need(right, f"{file}: expected at most 255 lines, a class each, and none empty: - is a value that does not count")
+    return lines
+
+
+def list_own(root, split):
+    """For each image the paths below root of the picture and of its label, a PNG of the same name."""
+    files = {}  # {label: picture}
+    for name in list_pictures(root / "images" / split):
+        picture, label = f"images/{split}/{name}", Path("labels", split, name).with_suffix(".png").as_posix()
+        other = files.setdefault(label, picture)
+        need(other == picture, f"{root}: {other} and {picture} would share {label}: rename one of them")
+    return [[picture, label] for label, picture in files.items()]
+
+
+def hold_out(names):
+    """A fifth of the pictures, chosen by their names alone: in every stage and process the same."""
+    need(len(names) > 1, f"{names[0]} is the only picture, without a val split: expected at least two")
+    shuffled = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    return set(shuffled[: max(1, len(names) // 5)])
 
 
 # ------------------------------------------------------------------ COCO

@@ -182,6 +182,11 @@ def refuse_other_settings(what, old, new, advice):
     need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
 
 
+def some(items, comma=", "):
+    """The first three, and how many more there are."""
+    return comma.join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
 def number(value, digits=1):
     """For tables; "-" stands for a number that does not exist."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"

@@ -244,7 +244,7 @@ def test_an_epoch_sees_every_picture_once():
 
 
 def test_every_benchmark_has_a_recipe_of_full_size():
-    assert set(stage4.RECIPES) == set(BENCHMARKS)
+    assert set(stage4.RECIPES) == {name for name in BENCHMARKS if not name.startswith("own_")}
     for name, recipe in stage4.RECIPES.items():
         assert all(side % 32 == 0 for side in recipe.crop) and len(recipe.crop) == 2, name
         stage5.working_size(375, 1242, recipe.test_size)
@@ -265,7 +265,7 @@ def test_rates_fall_by_a_power_or_in_drops():
 def choose_recipe(monkeypatch, name, *flags):
     monkeypatch.setattr(sys, "argv", ["04_train.py", *flags])
     settings, changes = run.parse("", stage4.Settings, stage4.Recipe)
-    return stage4.choose_recipe(name, changes, settings)
+    return stage4.choose_recipe(stage4.RECIPES[name], changes, settings)
 
 
 @pytest.mark.parametrize(
