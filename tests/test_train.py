@@ -416,6 +416,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, numbe
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_for_real_and_started_again_to_the_last_bit(data, tmp_path, stage):
     """SIGKILL at random moments, while steps run and checkpoints are written; the same command then goes on."""
     for stage_, *flags in (("01_extract", "--data", data, "--limit", 2), ("02_metrics",), ("03_select", "--stride", 8)):
