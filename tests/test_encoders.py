@@ -16,14 +16,11 @@ import torch.nn.functional as F
 from conftest import free_memory
 from safetensors.torch import save_file
 
-BIG = ["dinov3_b", "dinov3_l", "sam2_b", "sam2_l"]
-LARGEST = ["dinov3_l", "sam2_l"]
+BIG = ["dinov3_b", "dinov3_l", "sam2_b", "sam2_l"]  # each has a smaller sibling of the same code
 HALVED = ["dinov3_l"]  # its weights are such as bfloat16 holds too: a file of float32 beside it would fill 1.2 GB more
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in LARGEST else n for n in ENCODERS]
-)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in BIG)) for n in ENCODERS])
 def encoder(request):
     """Each encoder once, its random weights moved away from values that every initialisation has in common."""
     torch.manual_seed(0)

@@ -542,7 +542,8 @@ def test_a_checkpoint_gives_the_same_predictions(tmp_path):
 
 
 def test_eight_pictures_can_be_overfitted(tmp_path):
-    recipe = dataclasses.replace(RECIPE, steps=300, batch=4, save_every=300, master_rate=1.0)
+    rate = 2 * RECIPE.learning_rate
+    recipe = dataclasses.replace(RECIPE, steps=160, batch=4, save_every=300, learning_rate=rate, master_rate=1.0)
     samples = Shapes()
     model = train(tmp_path, recipe, samples).eval()
     score = stage5.SemanticScore([name for _, name, _ in samples.categories])
