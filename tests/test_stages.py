@@ -66,8 +66,8 @@ def feature_files(folder):
 
 def test_the_main_job_on_a_small_toycity(stage, few, tmp_path):
     folder = tmp_path / "run"
-    said = stage("01_extract", "--data", few, "--run", folder, "--limit", 2)
-    assert "2 pictures" in said and f"next: python 02_metrics.py --run {folder}" in said
+    said = stage("01_extract", "--data", few, "--run", folder, "--limit", 4)
+    assert "4 pictures" in said and f"next: python 02_metrics.py --run {folder}" in said
     said = stage("02_metrics", "--run", folder)
     assert "shifted" in said and f"next: python 03_select.py --run {folder}" in said and "edges.png" in said
     said = stage("03_select", "--run", folder, "--stride", 8)
