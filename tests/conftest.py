@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 
+import contextlib
+import ctypes
+import gc
 import importlib
 import sys
 
@@ -45,3 +48,16 @@ def stage(monkeypatch, capsys):
 def seeded():
     torch.manual_seed(0)
     torch.set_grad_enabled(True)
+
+
+def free_memory():
+    """Give the system back what is no longer used: glibc would keep the largest models' gigabytes to the end."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidied():
+    yield
+    free_memory()

@@ -10,9 +10,16 @@ import pytest
 stage5 = importlib.import_module("05_eval")
 
 
+def test_colour_and_position_alone_tell_something(data):
+    train, val = open_split("toycity", data, "train"), open_split("toycity", data, "val")
+    scores = stage5.headline(baselines.per_pixel(train, val), val.categories)
+    assert 20 < scores["mIoU"] < 80 and scores["PQ_th"] < 20  # things are more than that
+
+
+@pytest.mark.slow
 def test_a_short_training_beats_both_baselines_on_every_score(stage, data, tmp_path):
     folder = tmp_path / "run"
-    stage("01_extract", "--data", data, "--run", folder, "--limit", 2)
+    stage("01_extract", "--data", data, "--run", folder, "--limit", 2, "--size", "64x128")
     stage("02_metrics", "--run", folder)
     stage("03_select", "--run", folder, "--master", "tiny_vit", "--auxiliary", "tiny_hiera", "--stride", 8)
     stage("04_train", "--run", folder, "--steps", 300)

@@ -231,7 +231,7 @@ def test_features_beyond_float16_are_kept_and_flat_maps_counted_aloud(album, sta
         return encoder
 
     monkeypatch.setattr(stage1, "load_encoder", loud)
-    words = ("--images", album, "--size", "128", "--encoders", "tiny_vit", "tiny_hiera")
+    words = ("--images", album, "--size", "64", "--encoders", "tiny_vit", "tiny_hiera")
     stage("01_extract", *words, "--run", tmp_path / "loud")
     monkeypatch.undo()
     stage("01_extract", *words, "--run", tmp_path / "run")
@@ -259,7 +259,7 @@ def test_features_beyond_float16_are_kept_and_flat_maps_counted_aloud(album, sta
 
 def test_a_benchmark_s_pictures_are_read_as_stored(stage, tmp_path):
     datasets.cityscapes(tmp_path / "data/cityscapes", "train")
-    words = ("--benchmark", "cityscapes_semantic", "--data", tmp_path / "data", "--size", "128x256")
+    words = ("--benchmark", "cityscapes_semantic", "--data", tmp_path / "data", "--size", "64x128")
     stage("01_extract", *words, "--run", tmp_path / "plain")
     stage("02_metrics", "--run", tmp_path / "plain")
     exif = Image.Exif()
