@@ -106,7 +106,7 @@ def parse(description, block, changes=None):
         else:  # the first type inside: int for "int | None" and for "tuple[int, ...]"
             how.setdefault("type", (typing.get_args(field.type) or (field.type,))[0])
         if field in own and field.default not in (None, (), False):
-            shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             how["help"] = f"{how['help']} (default: {shown})".lstrip()
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}

@@ -113,7 +113,8 @@ def list_sources(runs):
     sources = {}
     for folder, found in runs:
         for encoder in found["encoders"]:
-            title = encoder + " (random)" * (found["weights"][encoder] == "none")
+            weights = {"pretrained": "", "none": " (random)"}
+            title = encoder + weights.get(found["weights"][encoder], f" ({Path(found['weights'][encoder]).stem})")
             need(title not in sources, f"{title} is in two of the runs")
             sources[title] = folder, found, encoder
     return sources | {source: (None, runs[0][1], source) for source in metrics.CONTROLS}

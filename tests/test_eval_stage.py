@@ -12,7 +12,6 @@ from common.run import UserError
 import datasets
 import numpy as np
 import pytest
-import study
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
@@ -209,19 +208,3 @@ def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
     assert any(row[0] == "toycity" and row[-1] == "50.0, -, -" for row in rows)
     with pytest.raises(UserError, match="none of these folders holds results"):
         stage("05_eval", "--compare", tmp_path)
-
-
-def test_gains_stand_beside_the_ef_of_their_stride(tmp_path, capsys):
-    """study.py: gains over no fusion, and Spearman's rho of gain and EF, on results made for the purpose."""
-    folders = [write_results(tmp_path / f"{fusion}{stride}", stride, miou, fusion) for stride, miou, fusion in RUNS]
-    # fine-tuned too, on fewer images, and one without a selection: none is mixed in
-    folders.append(write_results(tmp_path / "tuned", 8, 99.0, "replace", aux_mode="ft"))
-    folders.append(write_results(tmp_path / "limited", 8, 99.0, "replace", images=3))
-    folders.append(write_results(tmp_path / "bare", 8, 99.0, "replace", selection=False))
-    print(study.gains(folders))
-    said = capsys.readouterr().out
-    assert f"left out: {tmp_path}/bare/selection.json is missing" in said
-    rows = cells(said)
-    assert rows[0] == ["OS", "EF", "mIoU gained"]
-    assert rows[2:] == [["4", "1.00", "+1.0"], ["8", "3.00", "+3.0"], ["16", "2.00", "+2.0"], ["32", "4.00", "-1.0"],
-                        ["rho", "", "-0.20"]]  # fmt: skip
