@@ -49,7 +49,8 @@ R_IN, R_OUT = 2, 4  # zones around the picture's edges, in map pixels
 HIGH_FREQUENCY = 0.15  # radius of the spectrum from which on power counts as detail
 RADII, SP_THRESHOLD, SP_SCALE = 16, 0.5, 64
 
-# edge readout, of at most POSITIONS positions of a map
+# edge readout
+READOUT_POSITIONS = 2048  # of a map, at most
 FOLDS = 4  # of neighbouring pictures, as they may be frames of one film
 RIDGE = 1  # added to the diagonal of the channels' correlations
 
@@ -279,10 +280,11 @@ def edge_readout(read, count, each=map):
     if count < FOLDS:
         raise ValueError(f"{FOLDS} folds need as many pictures")
     moments = defaultdict(float)  # {(map, fold): [C+1,C+1]}, sums of the pictures' correlations
-    correlations = each(
-        lambda i: [(key, samples.mT @ samples / len(samples)) for key, samples in read(i)], range(count)
-    )
-    for i, of_picture in enumerate(correlations):
+
+    def correlate(i):
+        return [(key, samples.mT @ samples / len(samples)) for key, samples in read(i)]
+
+    for i, of_picture in enumerate(each(correlate, range(count))):
         for key, matrix in of_picture:
             moments[key, i * FOLDS // count] += matrix
     weights = {}
@@ -301,11 +303,12 @@ def edge_readout(read, count, each=map):
 
 
 def readout_samples(features, edges, seed=0):
-    """A map [1,C,H,W] and the picture's edges [1,H,W] as [n,C+1], the edges last, at POSITIONS of them at most; each
+    """A map [1,C,H,W] and the picture's edges [1,H,W] as [n,C+1], the edges last, at READOUT_POSITIONS at most; each
     column of mean 0 and std 1. A degenerate map is 0."""
-    chosen = torch.randperm(edges.numel(), generator=torch.Generator().manual_seed(seed))[:POSITIONS].to(edges.device)
-    columns = torch.cat([without_degenerate(features)[0], edges[:, None]], 1)
-    return channels_standardised(columns.flatten(2)[:, :, chosen])[0]
+    chosen = torch.randperm(edges.numel(), generator=torch.Generator().manual_seed(seed))[:READOUT_POSITIONS]
+    chosen = chosen.to(edges.device)
+    points, _ = without_degenerate(features.flatten(2)[:, :, None, chosen])  # [1,C,1,n]
+    return channels_standardised(torch.cat([points, edges.flatten(1)[:, None, None, chosen]], 1))[0]
 
 
 # ------------------------------------------------------------------ controls and summary
@@ -477,10 +480,10 @@ def read_out(settings, found, names, pool):
 
     def read(i):
         image, maps = read_sources(settings, found, names[i])
+        edges = {stride: picture_edges(image, features.shape[2:]) for stride, features in maps["image"].items()}
         for source, levels in maps.items():
             for stride, features in levels.items():
-                edges = picture_edges(image, features.shape[2:])
-                yield (source, stride), readout_samples(features, edges, settings.seed)
+                yield (source, stride), readout_samples(features, edges[stride], settings.seed)
 
     if len(names) < FOLDS:
         print(f"WARNING: the edge readout, ER, needs {FOLDS} images or more, {settings.run} has {len(names)}: left out")

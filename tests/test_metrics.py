@@ -200,8 +200,8 @@ def test_readout_is_zero_for_noise_and_for_other_pictures_and_one_for_the_edges_
 
 def test_readout_of_sampled_positions_of_pictures_of_several_sizes_and_of_a_constant_map():
     images = [picture[:, :, : 192 - 16 * (i % 3)] for i, picture in enumerate(pictures(8))]
-    maps = [metrics.picture_edges(image[None], image.shape[1:]) for image in images]  # of more than POSITIONS
-    assert metrics.readout_samples(maps[0][None], maps[0]).shape == (metrics.POSITIONS, 2)
+    maps = [metrics.picture_edges(image[None], image.shape[1:]) for image in images]  # of more positions than are taken
+    assert metrics.readout_samples(maps[0][None], maps[0]).shape == (metrics.READOUT_POSITIONS, 2)
     maps[5] = torch.full_like(maps[5], 3)
     found = readout(maps, images)
     assert found[5] == 0
