@@ -12,7 +12,7 @@ Protocol, fixed before the first training. With the master, the auxiliary and th
 
 Each is trained with the same recipe and the same seeds, two trainings at a time with one thread each, and evaluated on
 all validation images. Compared is seed by seed, as the seed decides order and crops of the pictures; intervals are 95 %
-of Student's t over seeds. A class is thin if over half of its pixels lie within 3 of its edge. A training that is there
+of Student's t over seeds. A class is thin if over a third of its pixels lie within 3 of its edge. A training that is there
 is kept: the same command goes on, adds a line for each to study.csv and ends with study.md and study.png, all in the
 folder of the trainings (default: the run's name and _study).
 """
@@ -160,7 +160,7 @@ def where_gains_fall(table, way, samples):
     """The gain of a way over the master alone, in IoU: of things and stuff, thin and large classes, edges and all."""
     thin, things = thin_share(samples), {c.name: c.isthing for c in samples.categories}
     kinds = {"things": [name for name in thin if things[name]], "stuff": [name for name in thin if not things[name]]}
-    kinds |= {"thin": [name for name in thin if thin[name] > 0.5], "large": [n for n in thin if thin[n] <= 0.5]}
+    kinds |= {"thin": [name for name in thin if thin[name] > 1 / 3], "large": [n for n in thin if thin[n] <= 1 / 3]}
     for scores in table.values():  # of each kind the mean over its classes
         for kind, names in kinds.items():
             if names and all(f"IoU of {name}" in scores for name in names):

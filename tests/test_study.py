@@ -99,5 +99,5 @@ def test_study_trains_once_and_goes_on_where_it_stopped(tmp_path, data, stage, m
 
 def test_thin_classes_are_told_from_large_ones(data):
     thin = study.thin_share(open_split("toycity", data, "val"))
-    assert thin["pole"] > 0.8
-    assert thin["road"] < 0.2
+    assert thin["pole"] > 0.4
+    assert thin["road"] < 0.1
