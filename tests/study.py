@@ -12,9 +12,9 @@ Protocol, fixed before the first training. With the master, the auxiliary and th
 
 Each is trained with the same recipe and the same seeds, two trainings at a time with one thread each, and evaluated on
 all validation images. Compared is seed by seed, as the seed decides order and crops of the pictures; intervals are 95 %
-of Student's t over seeds. A class is thin if over a third of its pixels lie within 3 of its edge. A training that is there
-is kept: the same command goes on, adds a line for each to study.csv and ends with study.md and study.png, all in the
-folder of the trainings (default: the run's name and _study).
+of Student's t over seeds. A class is thin if over a third of its pixels lie within 3 of its edge. A training that is
+there is kept: the same command goes on, adds a line for each to study.csv and ends with study.md and study.png, all in
+the folder of the trainings (default: the run's name and _study).
 """
 
 import csv
