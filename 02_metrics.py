@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 CONTROLS = ("noise", "image", "shifted")
 SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "ER")
+OF_A_MAP = SCORES[:-1]  # ER is one of a set of pictures
 
 # structural coherence
 CELLS = 16  # SFC: cells along each axis
@@ -52,7 +53,8 @@ RADII, SP_THRESHOLD, SP_SCALE = 16, 0.5, 64
 # edge readout
 READOUT_POSITIONS = 2048  # of a map, at most
 FOLDS = 4  # of neighbouring pictures, as they may be frames of one film
-RIDGE = 1  # added to the diagonal of the channels' correlations
+RIDGE = 0.01  # of the channels' summed variance, so that a channel more of the same changes nothing
+WAVES = 4  # cosines along each axis, of 0 to 1.5 periods, stand for position
 
 
 @dataclass
@@ -183,7 +185,7 @@ def edge_fidelity(features, images, prepared=None):
     with torch.autocast(features.device.type, enabled=False):
         features, usable, _, component = prepared or prepare(features)
         if min(features.shape[2:]) < 3:
-            return {name: features.new_zeros(len(features)) for name in SCORES[3:-1]}
+            return {name: features.new_zeros(len(features)) for name in OF_A_MAP[3:]}
         _, core, near = edge_zones(images.float(), features.shape[2:])  # bool [B,H-2,W-2]
         strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
         strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
@@ -268,47 +270,63 @@ def spatial_precision(norm):
 
 
 # ------------------------------------------------------------------ edge readout (ER)
-@torch.no_grad()
 def edge_readout(read, count, each=map):
     """Score how well a linear readout of feature maps predicts the edges of pictures it was not fitted on (ours).
 
-    read(i) yields (map, samples [n,C+1]) of picture i, by readout_samples; it is called twice. each: what applies a
-    function to all pictures, in order. Returns {map: Pearson's r of each picture, [count], in [-1,1]}, about 0 where a
-    map knows nothing of edges: ridge regression, cross-validated over FOLDS blocks of neighbouring pictures, which may
-    be frames of one film. It compares maps of one stride. ValueError for fewer pictures than folds.
+    read(i) yields (key, samples [n,C+1]) for each map of picture i, by readout_samples; it is called twice. each: what
+    applies a function to all pictures, in order. Returns {key: ER of each picture, float64 [count], in [-1,1]}:
+
+        w  = (G + RIDGE * C * I)^-1 g      ridge regression; G [C,C] and g [C], the correlations of channels with each
+                                           other and with the edges, are means over the pictures of the other folds
+        ER = Pearson's r of X w and the edges
+
+    It is about 0 for a map that knows nothing of the picture but where in it a position lies, and compares maps of one
+    stride and the same pictures: more pictures raise it. Folds are FOLDS blocks of neighbouring pictures, which may be
+    frames of one film. ValueError for fewer pictures than folds.
     """
     if count < FOLDS:
         raise ValueError(f"{FOLDS} folds need as many pictures")
-    moments = defaultdict(float)  # {(map, fold): [C+1,C+1]}, sums of the pictures' correlations
+    folds = [i * FOLDS // count for i in range(count)]
 
     def correlate(i):
         return [(key, samples.mT @ samples / len(samples)) for key, samples in read(i)]
 
-    for i, of_picture in enumerate(each(correlate, range(count))):
+    sums = defaultdict(float)  # {(key, fold): [C+1,C+1]}
+    for fold, of_picture in zip(folds, each(correlate, range(count)), strict=True):
         for key, matrix in of_picture:
-            moments[key, i * FOLDS // count] += matrix
+            sums[key, fold] += matrix
     weights = {}
-    for key, fold in moments:
-        others = sum(moments[key, other] for other in range(FOLDS) if other != fold)
-        fitted_on = sum(i * FOLDS // count != fold for i in range(count))
-        gram, product = others[:-1, :-1] / fitted_on, others[:-1, -1] / fitted_on
-        weights[key, fold] = torch.linalg.solve(gram + RIDGE * torch.eye(len(gram)).to(gram), product)  # [C]
+    for key, fold in sums:
+        others = sum(sums[key, other] for other in range(FOLDS) if other != fold) / (count - folds.count(fold))
+        others.diagonal().add_(RIDGE * (len(others) - 1))
+        weights[key, fold] = torch.linalg.solve(others[:-1, :-1], others[:-1, -1])  # [C]
 
     def score(i):  # of what has mean 0, the cosine is Pearson's r
-        predicted = ((key, s[:, :-1] @ weights[key, i * FOLDS // count], s[:, -1]) for key, s in read(i))
-        return {key: F.cosine_similarity(found, edges, dim=0).item() for key, found, edges in predicted}
+        pairs = ((key, s[:, :-1] @ weights[key, folds[i]], s[:, -1]) for key, s in read(i))
+        return {key: F.cosine_similarity(predicted, edges, dim=0).item() for key, predicted, edges in pairs}
 
     scores = list(each(score, range(count)))
     return {key: np.array([of_picture[key] for of_picture in scores]) for key in scores[0]}
 
 
 def readout_samples(features, edges, seed=0):
-    """A map [1,C,H,W] and the picture's edges [1,H,W] as [n,C+1], the edges last, at READOUT_POSITIONS at most; each
-    column of mean 0 and std 1. A degenerate map is 0."""
+    """A map [1,C,H,W] and the picture's edges [1,H,W] as [n,C+1], the edges last, at READOUT_POSITIONS at most.
+
+    Each column has mean 0 and std 1, and is what position does not explain: pictures of one kind share a layout, and
+    to know that a street lies below and the sky above is not to see edges. 0 for degenerate maps and those too small.
+    """
     chosen = torch.randperm(edges.numel(), generator=torch.Generator().manual_seed(seed))[:READOUT_POSITIONS]
     chosen = chosen.to(edges.device)
+    y, x = (math.pi * (torch.arange(side, device=edges.device) + 0.5) / side for side in edges.shape[1:])
+    waves = [torch.outer((i * y).cos(), (j * x).cos()).flatten() for i in range(WAVES) for j in range(WAVES)]
+    position, _ = torch.linalg.qr(torch.stack(waves, 1)[chosen])  # [n,WAVES**2]
     points, _ = without_degenerate(features.flatten(2)[:, :, None, chosen])  # [1,C,1,n]
-    return channels_standardised(torch.cat([points, edges.flatten(1)[:, None, None, chosen]], 1))[0]
+    columns = channels_standardised(torch.cat([points, edges.flatten(1)[:, None, None, chosen]], 1))[0]
+    if len(columns) <= 2 * WAVES**2:
+        return torch.zeros_like(columns)
+    columns = columns - position @ (position.mT @ columns)
+    left = columns.std(0, correction=0)  # of 1; where position explains all, what is left is rounding
+    return torch.where(left > 1e-3, columns / left, 0)
 
 
 # ------------------------------------------------------------------ controls and summary
@@ -471,8 +489,8 @@ def score_image(settings, found, name):
             prepared = prepare(levels[stride])  # once for both, as most of it is an eigendecomposition
             scores = structural_coherence(levels[stride], settings.seed, prepared)
             scores |= edge_fidelity(levels[stride], image, prepared)
-            values.append([scores[score].item() for score in SCORES[:-1]])
-    return np.array(values).reshape(-1, len(STRIDES), len(SCORES) - 1)
+            values.append([scores[score].item() for score in OF_A_MAP])
+    return np.array(values).reshape(-1, len(STRIDES), len(OF_A_MAP))
 
 
 def read_out(settings, found, names, pool):

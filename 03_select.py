@@ -4,7 +4,7 @@ The encoder with the highest Structural Coherence (SC) becomes the master. Among
 (EF) peaks highest becomes the auxiliary; the stride of that peak, s*, is where its map will stand in for the master's
 (paper, arXiv 2605.16864). `--task edges` turns the roles round: the master has the highest EF, the auxiliary the
 highest SC among the others; s* is still where the auxiliary's EF peaks. `--score readout` takes the edge readout (ER)
-for EF: as it compares encoders at one stride, what counts there is the lead over the encoders' mean at the same stride.
+for EF: as it compares encoders at one stride, what counts is the lead over the master, whose map is to be replaced.
 
     python 03_select.py                       # the embedded benchmark, runs/toycity
     python 03_select.py --run runs/mine       # any run folder that 02_metrics.py has filled
@@ -45,21 +45,25 @@ class Settings:
 
 
 # ------------------------------------------------------------------ the rule
-def select(sc, ef, task="segmentation", master=None, auxiliary=None, stride=None):
+def select(sc, ef, task="segmentation", relative=False, **held):
     """Choose master, auxiliary and stride by mean scores sc and ef, each [..., encoder, stride] (rule: paper).
 
     Returns (choice, lead), both [3, ...] in that order: indices, and the margin over the second best, 0 being a tie.
-    An index given for `master`, `auxiliary` or `stride` is kept; the other parts are chosen by the same rule as ever.
+    An index held as `master`, `auxiliary` or `stride` is kept; the other parts are chosen by the same rule as ever.
+    relative: ef compares encoders at one stride only. The auxiliary's counts as its lead over the master's.
     """
-    structure, edges = sc.mean(-1), ef.max(-1)  # [..., encoder]
-    first, second = (structure, edges) if task == "segmentation" else (edges, structure)
-    if auxiliary is not None:
-        first[..., auxiliary] = LOWEST
-    master, master_lead = best(first, master)
+    structure, edges = sc.mean(-1), ef.mean(-1) if relative else ef.max(-1)  # [..., encoder]
+    first = structure if task == "segmentation" else edges
+    if held.get("auxiliary") is not None:
+        first[..., held["auxiliary"]] = LOWEST
+    master, master_lead = best(first, held.get("master"))
+    if relative:
+        ef = ef - np.take_along_axis(ef, master[..., None, None], axis=-2)
+    second = ef.max(-1) if task == "segmentation" else structure
     np.put_along_axis(second, master[..., None], LOWEST, axis=-1)
-    auxiliary, auxiliary_lead = best(second, auxiliary)
+    auxiliary, auxiliary_lead = best(second, held.get("auxiliary"))
     profile = np.take_along_axis(ef, auxiliary[..., None, None], axis=-2)[..., 0, :]  # [..., stride]
-    stride, stride_lead = best(profile, stride)
+    stride, stride_lead = best(profile, held.get("stride"))
     return np.stack([master, auxiliary, stride]), np.stack([master_lead, auxiliary_lead, stride_lead])
 
 
@@ -113,16 +117,19 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
     structure, edges = choice["master"], choice["auxiliary"]
     if settings.task == "edges":
         structure, edges = edges, structure
-        at = ef[0, sources.index(edges)].argmax()
+        at = at if score == "ER" else ef[0, sources.index(edges)].argmax()
     at_stride = f"{score} of {edges} at OS {metrics['strides'][at]}"
     duels = [(at_stride, edges, ef[:, :, at], control) for control in EDGE_CONTROLS[score]]
+    if score == "ER":  # it would put a worse map in the place of a better one
+        duels.append((at_stride, edges, ef[:, :, at], structure))
     duels += [(f"SC of {structure}, mean over strides", structure, sc.mean(2), control) for control in SC_CONTROLS]
     warnings = []
     for what, encoder, values, control in duels:
+        kind = "the control " * (control in metrics["controls"])
         own, other = values[:, sources.index(encoder)], values[:, sources.index(control)]  # [1 + RESAMPLES]
         clears = (own[1:] > other[1:]).mean()
         if clears < CLEAR:
-            scores = f"{what}, {own[0]:.2f}, does not clear that of the control {control}, {other[0]:.2f}"
+            scores = f"{what}, {own[0]:.2f}, does not clear that of {kind}{control}, {other[0]:.2f}"
             warnings.append(f"{scores}: higher in {clears:.1%} of the resamples, {CLEAR:.1%} are asked for")
     for part, (share, lead) in agreement.items():
         if share < AGREE and np.isfinite(lead):
@@ -165,7 +172,9 @@ def report(folder, metrics, selection, otherwise):
     score = SCORES[selection["score"]]
     of_edges, peak = f"highest {score} at any stride", f"where the auxiliary's {score} peaks"
     if score == "ER":
-        of_edges, peak = "highest lead in ER at any stride", "where the auxiliary's lead in ER is highest"
+        at, scores = str(selection["stride"]), selection["scores"]
+        leads = scores[selection["auxiliary"]]["ER"][at] - scores[selection["master"]]["ER"][at]
+        of_edges, peak = "highest ER", f"where the auxiliary's ER leads the master's most, by {leads:.2f}"
     reasons = ["highest SC, mean over strides", of_edges]
     reasons = reasons if selection["task"] == "segmentation" else reasons[::-1]
     others = f"{reasons[1]} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"
@@ -198,10 +207,7 @@ def main():
     weights = run.bootstrap(metrics["images"], settings.seed)  # [1 + RESAMPLES, image]
     sc, ef = read_scores(settings.run, metrics, score, weights)  # [1 + RESAMPLES, source, stride]
     candidates = slice(0, len(encoders))  # controls come after the encoders and cannot be chosen
-    edges = ef[:, candidates]
-    if score == "ER":
-        edges = edges - edges.mean(1, keepdims=True)  # over the encoders, at each stride
-    chosen, lead = select(sc[:, candidates], edges, settings.task, **by_hand)  # [3, 1 + RESAMPLES]
+    chosen, lead = select(sc[:, candidates], ef[:, candidates], settings.task, score == "ER", **by_hand)
     print_scores(metrics, score)
     for part, margin in zip(by_hand, lead[:, 0], strict=True):
         cause = "all 0 where maps are degenerate, like an untrained ViT's"

@@ -146,7 +146,7 @@ class Training:
 def fit_recipe(samples, device):
     """A recipe for a data set that has none, by its pictures' number and median size, and the device.
 
-    A crop is three quarters of a picture. Pictures are scaled, down alone, to 2^20 pixels on a GPU, with crops about as
+    A crop is three quarters of a picture. Pictures are only scaled down, to 2^20 pixels on a GPU, with crops about as
     large as the release's; to 2^18 on a CPU, where a step takes a second or two.
     """
     sizes = [samples[i]["image"].shape[1:] for i in run.evenly_spaced(range(len(samples)), 25)]
@@ -154,15 +154,15 @@ def fit_recipe(samples, device):
     print(f"a recipe for {len(samples)} pictures of some {height:.0f} x {width:.0f} pixels, on {device}")
     scale = min(1, (2 ** (20 if device == "cuda" else 18) / (height * width)) ** 0.5)
     short = max(32, round(scale * min(height, width)))
-    sizes = {"crop": tuple(max(32, round(0.75 * scale * side / 32) * 32) for side in (height, width))}
-    sizes |= {"resize": (round(0.75 * short), round(1.5 * short)), "test_size": str(short)}
+    fitted = {"crop": tuple(max(32, round(0.75 * scale * side / 32) * 32) for side in (height, width))}
+    fitted |= {"resize": (round(0.75 * short), round(1.5 * short)), "test_size": str(short)}
     # A decoder from scratch needs some hundred steps for any data set. Epochs: a GPU's are near those of street scenes,
     # 180, and at most as many steps; a CPU's take an hour at most.
     epochs, least, most = (150, 5000, 180_000) if device == "cuda" else (10, 400, 2000)
     steps = min(max(least, epochs * len(samples) // 4), most)
     # toycity's rate does for a pretrained encoder too: on CamVid, 200 steps of an EfficientNet without auxiliary gave
     # mIoU 45.5 at 2e-3, 40.0 at 1e-3, 37.8 at 5e-4 (40 test pictures, one seed).
-    return Recipe(steps, 4, **sizes, **({} if device == "cuda" else TINY))
+    return Recipe(steps, 4, **fitted, **({} if device == "cuda" else TINY))
 
 
 def choose_recipe(recipe, changes, settings):

@@ -102,7 +102,7 @@ def draw_profiles(path, metrics, selection=None):
     """
     panels = {"SC": "Structural Coherence, SC", "EF": "Edge Fidelity, EF", "ER": "edge readout, ER"}
     profile = next(iter(metrics["scores"].values()))
-    if run.number(profile["4"]["ER"]["mean"]) == "-":  # of a few pictures there is no readout
+    if run.number(profile["4"].get("ER", {}).get("mean")) == "-":  # of a few pictures there is no readout
         del panels["ER"]
     strides, selection = metrics["strides"], selection or {}
     roles = {selection.get(role): role for role in ("auxiliary", "master")}

@@ -47,7 +47,7 @@ metrics = importlib.import_module("02_metrics")
 RIDGE = 0.1  # on the diagonal of correlations
 BINS = 400  # of predictions from -0.5 to 1.5; the regression's target is 0 or 1
 HEAD_WIDTH, HEAD_STEPS = 16, 150  # a picture a step
-SCORES = ("SC", "EF", "EF_RELEASED", "EF_CC", "ER")  # of them, those in metrics.csv
+SCORES = ("SC", "EF", "EF_RELEASED", "ER")
 TRUTHS = ("boundary", "head", "class", "SC_GT")
 VOID = 65535
 
@@ -68,7 +68,7 @@ def coherence_with_truth(features, segments, seed=0):
     features [B,C,H,W]; segments int [B,H,W], 0 void. Returns {"SFC_GT", "SCS_GT", "SC_GT"}, float32 [B] in [0,1], NaN
     where fewer than two segments or eight positions are left. Segments count by their area.
     """
-    features, usable, *_ = metrics.prepare(features)
+    features, usable = metrics.without_degenerate(features)
     generator, rows = torch.Generator().manual_seed(seed), []
     for feature, segment in zip(features, segments, strict=True):
         inside = segment.flatten() > 0
@@ -121,14 +121,15 @@ def list_sources(runs):
 
 
 def read_at(source, names, stride, seed, i):
-    """A source's map [C,h,w] of picture i, float32."""
+    """A source's map [C,h,w] of picture i, float32; 0 if it is degenerate."""
     name = names[i]
     folder, found, encoder = source
     image = read_run_picture(found, name)[None]
     if folder is None:
         return metrics.control(encoder, image, stride, zlib.crc32(f"{seed} {name} {stride}".encode()))[0]
     native = run.read_features(folder, encoder, name, run.fingerprint(Path(found["root"]) / name))
-    return level({s: feature[None].float() for s, feature in native.items()}, image.shape[2:], stride)[0]
+    features = level({s: feature[None].float() for s, feature in native.items()}, image.shape[2:], stride)
+    return metrics.without_degenerate(features)[0][0]
 
 
 def read_scores(sources, names):
@@ -140,15 +141,14 @@ def read_scores(sources, names):
         with open(folder / "metrics.csv", newline="") as file:
             tables[folder] = {(row["image"], row["source"], int(row["stride"])): row for row in csv.DictReader(file)}
     first = next(iter(tables))
-    there = [score for score in SCORES if all(score in next(iter(table.values())) for table in tables.values())]
     try:
         rows = [
             [[tables[folder or first][name, encoder, stride] for name in names] for stride in STRIDES]
             for folder, _, encoder in sources.values()
         ]
+        return {score: np.array([[[float(r[score]) for r in b] for b in a] for a in rows]) for score in SCORES}
     except KeyError as error:
         raise UserError(f"metrics.csv lacks {error}: run 02_metrics.py again") from None
-    return {score: np.array([[[float(r[score]) for r in b] for b in a] for a in rows]) for score in there}
 
 
 # ------------------------------------------------------------------ truth
@@ -369,6 +369,7 @@ def main():
         sample = samples[place[name]]
         need("segments" in sample, f"{found['benchmark']} has overlapping masks: truth wants one of segments")
         height, width = read_run_picture(found, name).shape[1:]
+        need(min(height, width) >= 96, f"{name} is {height} x {width}: truth at OS 32 wants 96 pixels or more")
         for stride in STRIDES:
             cells[stride].append(true_cells(sample, (height // stride, width // stride)))
     truths = find_truths(settings, sources, names, cells, len(samples.categories), weights)

@@ -69,11 +69,14 @@ def main():
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--folder", type=Path, help="for the training (default: runs/pretrain_<encoder>)")
+    parser.add_argument("--folder", type=Path, help="for the training (default: runs/pretrain_<encoder>_<teach>)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = args.folder or Path("runs") / f"pretrain_{args.encoder}"
-    teach = args.teach or {"tiny_hiera": "masks", "tiny_vit": "classes"}[args.encoder]
+    usual = {"tiny_hiera": "masks", "tiny_vit": "classes"}[args.encoder]
+    teach = args.teach or usual
+    if teach != usual and not args.out:
+        parser.error("--teach something else wants an --out: the file that ships stays as it is")
+    folder = args.folder or Path("runs") / f"pretrain_{args.encoder}_{teach}"
 
     toycity.write(args.data / "pretrain/toycity", {"pretrain": args.scenes}, PRETRAIN)
     samples = Split(BENCHMARKS["toycity"], args.data / "pretrain", "toycity pretrain")
@@ -83,7 +86,7 @@ def main():
     changes = {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048, "resize": (192, 384)}
     recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **changes)
     training = stage4.Training(
-        benchmark="toycity_pretrain",
+        benchmark=f"toycity_pretrain_{teach}",
         master=args.encoder,
         auxiliary=None,
         stride=16,

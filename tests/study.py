@@ -67,22 +67,25 @@ def flags_of(way, selection):
 def train(settings, selection, way, seed, more):
     """Train and evaluate one way in a folder of its own: {score: value}, and {"IoU of NAME": value} for classes.
 
-    UserError with the last line of what a stage said if it failed.
+    A training whose results are there is not repeated. UserError with the last line of what a stage said if it failed.
     """
     folder = settings.out / f"{way}_{seed}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     folder.mkdir(parents=True, exist_ok=True)
     training = ["--run", settings.run, "--out", folder, "--seed", seed, "--workers", 1]
     training += [*flags_of(way, selection), *more]
-    for script, flags in (("04_train.py", training), ("05_eval.py", ["--run", folder, "--workers", 1])):
+    stages = (("04_train.py", training), ("05_eval.py", ["--run", folder, "--workers", 1]))
+    for script, flags in () if (folder / "results.json").is_file() else stages:
         words = [sys.executable, str(SCRIPTS / script), *map(str, flags)]
         ended = subprocess.run(words, env=environment, capture_output=True, text=True)
-        need(not ended.returncode, f"{way}, seed {seed}: {(ended.stderr.strip() or ended.stdout).splitlines()[-1:]}")
+        said = ["nothing", *(ended.stdout + ended.stderr).strip().splitlines()]
+        need(not ended.returncode, f"{way}, seed {seed}, {script}: {said[-1]}")
     results = run.read_stage(folder, "results.json", "05_eval.py")
     (entry,) = results["benchmarks"].values()
-    (folder / "checkpoint.pt").unlink()  # many, and large
+    (folder / "checkpoint.pt").unlink(missing_ok=True)  # many, and large
     classes = entry.get("semantic", {}).get("per_class", {})
-    return entry["scores"] | {f"IoU of {name}": value for name, value in classes.items()}
+    scores = entry["scores"] | {f"IoU of {name}": value for name, value in classes.items()}
+    return {name: value for name, value in scores.items() if value is not None}
 
 
 def read_table(path):
@@ -100,7 +103,7 @@ def write_table(path, table):
         writer = csv.DictWriter(file, ["way", "seed", *names])
         writer.writeheader()
         for (way, seed), scores in sorted(table.items(), key=lambda item: (WAYS.index(item[0][0]), item[0][1])):
-            writer.writerow({"way": way, "seed": seed} | {k: v for k, v in scores.items() if v is not None})
+            writer.writerow({"way": way, "seed": seed} | scores)
 
 
 # ------------------------------------------------------------------ what comes out
@@ -132,8 +135,14 @@ def peaks(table, metrics, selection, score):
     """Of each label-free score of the auxiliary: where it peaks, and Spearman's rho with the gain by stride."""
     gains = [difference(table, f"os{stride}", "alone", score)[0] for stride in STRIDES]
     own, master = (metrics["scores"][selection[part]] for part in ("auxiliary", "master"))
+    if not np.isfinite(gains).all():
+        return "some strides are not trained yet\n"
     profiles = {name: [own[str(s)][name]["mean"] for s in STRIDES] for name in ("EF", "EF_RELEASED", "ER")}
-    profiles["ER, lead over the master's"] = [own[str(s)]["ER"]["mean"] - master[str(s)]["ER"]["mean"] for s in STRIDES]
+    if None in profiles["ER"]:  # of too few pictures
+        del profiles["ER"]
+    else:
+        others = [master[str(s)]["ER"]["mean"] for s in STRIDES]
+        profiles["ER, lead over the master's"] = np.subtract(profiles["ER"], others).tolist()
     rows = [["", *(f"OS {stride}" for stride in STRIDES), "peak", "rho with the gain"]]
     rows.append([f"{score} gained", *(f"{gain:+.1f}" for gain in gains), f"OS {STRIDES[np.argmax(gains)]}", ""])
     for name, profile in profiles.items():
@@ -187,7 +196,7 @@ def draw(path, table, metrics, selection, score):
     right.set_ylabel(f"{score} gained over the master alone")
     own, other = metrics["scores"][selection["auxiliary"]], right.twinx()
     for colour, name in zip(figures.COLOURS, ("EF", "EF_RELEASED", "ER"), strict=False):
-        profile = np.array([own[str(s)][name]["mean"] for s in STRIDES])
+        profile = np.array([own[str(s)][name]["mean"] for s in STRIDES], float)
         other.plot(range(4), profile / profile.max(), "--", color=colour, label=f"{name}, of its peak")
     other.set_ylim(0, 1.05)
     right.set_xticks(range(4), STRIDES)
@@ -218,24 +227,30 @@ def report(settings, selection, table, samples):
 
 
 def main():
-    mine, more = sys.argv, []
-    if "--" in sys.argv:
-        mine, more = sys.argv[: sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
-    sys.argv = mine
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    more, sys.argv = sys.argv[at + 1 :], sys.argv[:at]
     settings = run.parse(__doc__, Settings)
-    settings.out = settings.out or settings.run.with_name(f"{settings.run.resolve().name}_study")
+    folder = settings.run.resolve()
+    settings.out = settings.out or folder.with_name(f"{folder.name}_study")
     selection = run.read_stage(settings.run, "selection.json", "03_select.py")
     found = run.read_stage(settings.run, "run.json", "01_extract.py")
-    path = settings.out / "study.csv"
+    path, protocol = settings.out / "study.csv", settings.out / "study.json"
+    asked = {part: selection[part] for part in ("master", "auxiliary", "stride")} | {"flags": more}
+    if settings.report or protocol.is_file():
+        before = run.read_stage(settings.out, "study.json", "tests/study.py")
+        new = asked | ({"flags": before["flags"]} if settings.report else {})
+        run.refuse_other_settings(settings.out, before, new, "give another --out")
+    else:
+        run.write_json(protocol, asked)
     table = read_table(path)
     todo = [(way, seed) for seed in settings.seeds for way in WAYS if (way, seed) not in table]
     torch.set_num_threads(1)
     with ThreadPoolExecutor(settings.jobs) as pool:
-        jobs = todo if not settings.report else []
+        jobs = [] if settings.report else todo
         for job, scores in zip(jobs, pool.map(lambda job: train(settings, selection, *job, more), jobs), strict=True):
             table[job] = scores
             write_table(path, table)
-            print(*job, *(f"{name} {value:.1f}" for name, value in list(scores.items())[:3] if value is not None))
+            print(*job, *(f"{name} {value:.1f}" for name, value in list(scores.items())[:3]))
     need(table, f"{path} is not there: nothing to report")
     report(settings, selection, table, open_split(found["benchmark"], Path(found["data"]), "val"))
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import silhouette_samples, silhouette_score
-from sklearn.preprocessing import StandardScaler
 
 metrics = importlib.import_module("02_metrics")
 
@@ -167,23 +166,36 @@ def readout(maps, images):
     return metrics.edge_readout(lambda i: samples[i], len(maps))["map"]
 
 
+def place(height, width):
+    """Cosines of 0 to 1.5 periods along each axis: [H*W,16]."""
+    y, x = ((np.arange(side) + 0.5) / side * np.pi for side in (height, width))
+    waves = [np.outer(np.cos(i * y), np.cos(j * x)).ravel() for i in range(4) for j in range(4)]
+    return np.stack(waves, 1)
+
+
 @pytest.mark.parametrize("count", [4, 6, 9])
 def test_readout_equals_scikit_learns_ridge_in_blocks_of_neighbours(count):
     images = pictures(count)
     maps = [smooth(10, 16, 24, seed=40 + 2 * i)[0] for i in range(count)]
     for m, image in zip(maps, images, strict=True):
         m[3] += 5 * metrics.picture_edges(image[None], (16, 24))[0]
-    points = [StandardScaler().fit_transform(m.flatten(1).T.double()) for m in maps]
-    edges = [metrics.picture_edges(image[None], (16, 24)).flatten().double().numpy() for image in images]
-    edges = [(e - e.mean()) / e.std() for e in edges]
+
+    def given_position(columns):
+        left = columns - LinearRegression().fit(place(16, 24), columns).predict(place(16, 24))
+        return left / left.std(0)
+
+    points = [given_position(m.flatten(1).T.double().numpy()) for m in maps]
+    edges = [
+        given_position(metrics.picture_edges(image[None], (16, 24)).flatten().double().numpy()) for image in images
+    ]
     expected = []
     for block in np.array_split(np.arange(count), [round(count * f / 4 + 0.49) for f in (1, 2, 3)]):
         others = [i for i in range(count) if i not in block]
         x, y = np.concatenate([points[i] for i in others]), np.concatenate([edges[i] for i in others])
-        fitted = Ridge(metrics.RIDGE * len(x), fit_intercept=False).fit(x, y)
+        fitted = Ridge(metrics.RIDGE * 10 * len(x), fit_intercept=False).fit(x, y)
         expected += [np.corrcoef(fitted.predict(points[i]), edges[i])[0, 1] for i in block]
     assert min(expected) > 0.05
-    assert readout(maps, images) == pytest.approx(expected, abs=1e-4)
+    assert readout(maps, images) == pytest.approx(expected, abs=2e-3)
 
 
 def test_readout_is_zero_for_noise_and_for_other_pictures_and_one_for_the_edges_themselves():
@@ -198,7 +210,25 @@ def test_readout_is_zero_for_noise_and_for_other_pictures_and_one_for_the_edges_
     assert readout(list(edges * signs), images).max() < 0
 
 
-def test_readout_of_sampled_positions_of_pictures_of_several_sizes_and_of_a_constant_map():
+def test_readout_is_zero_for_position_and_the_same_for_channels_given_twice():
+    """All pictures have their edges in one place, and a map that knows the place knows nothing of them."""
+    images = 0.1 * pictures(8)
+    images[:, :, 66:] += 0.9  # a horizon
+    position = torch.from_numpy(place(32, 48).T).float().reshape(16, 32, 48)
+    position = position * torch.linspace(1, 3, 16)[:, None, None]
+    edges = [metrics.picture_edges(image[None], (32, 48))[0].flatten() for image in images]
+    known = np.corrcoef(np.stack([e.numpy() for e in edges]))
+    assert known.min() > 0.5
+    assert abs(readout([position] * 8, images)).max() < 0.1
+    maps = [
+        smooth(5, 32, 48, seed=60 + i)[0] + metrics.picture_edges(i_[None], (32, 48)) for i, i_ in enumerate(images)
+    ]
+    once = readout(maps, images)
+    assert once.mean() > 0.2
+    assert readout([m.repeat(20, 1, 1) for m in maps], images) == pytest.approx(once, abs=2e-3)
+
+
+def test_readout_of_sampled_positions_of_pictures_of_several_sizes_and_of_maps_without_content():
     images = [picture[:, :, : 192 - 16 * (i % 3)] for i, picture in enumerate(pictures(8))]
     maps = [metrics.picture_edges(image[None], image.shape[1:]) for image in images]  # of more positions than are taken
     assert metrics.readout_samples(maps[0][None], maps[0]).shape == (metrics.READOUT_POSITIONS, 2)
@@ -206,6 +236,7 @@ def test_readout_of_sampled_positions_of_pictures_of_several_sizes_and_of_a_cons
     found = readout(maps, images)
     assert found[5] == 0
     assert np.delete(found, 5).min() > 0.999
+    assert readout([random(3, 4, 6, seed=i) for i in range(8)], images).tolist() == [0] * 8  # 24 positions: too few
     with pytest.raises(ValueError, match="4 folds"):
         readout(maps[:3], images[:3])
 

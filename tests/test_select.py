@@ -74,18 +74,30 @@ def test_rule_on_a_stack_equals_the_rule_on_each():
         assert stacked[:, i].tolist() == selection.select(sc[i], ef[i])[0].tolist()
 
 
-def test_readout_chooses_by_the_lead_at_one_stride(tmp_path, choose):
+def test_readout_counts_the_lead_over_the_master_at_one_stride(tmp_path, choose):
     write_run(tmp_path)
     assert choose(tmp_path)[0] == choose(tmp_path, "--score", "ef_released")[0] == ("structure", "edges", 8)
-    # ER of "structure" is highest at OS 16 and that of "edges" at OS 8; over the three's mean of 6, 9.3, 14.3 and 2.3
-    # "edges" leads by 10.7 at OS 8, "weak" by 6 at OS 4.
+    # Peaks and leads differ, and a third encoder that is bad at OS 4 makes nobody's lead.
+    er = np.array([[0.6, 0.5, 0.6, 0.8], [0.55, 0.6, 0.72, 0.85], [0.05, 0.6, 0.6, 0.6]])
+    write_run(tmp_path, ef=er, noise={"SC": 0.1, "EF": 0.01})
+    assert choose(tmp_path)[0] == ("structure", "edges", 32)
+    triple, chosen = choose(tmp_path, "--score", "readout")
+    assert triple == ("structure", "edges", 16)
+    assert chosen["scores"]["edges"]["ER"] == pytest.approx({"4": 0.55, "8": 0.6, "16": 0.72, "32": 0.85})
+    assert chosen["warnings"] == []
+    # Roles turned round: the master reads edges best on average, and the other leads it at OS 4.
+    triple, chosen = choose(tmp_path, "--score", "readout", "--task", "edges")
+    assert triple == ("edges", "structure", 4)
+    assert selection.select(SC, er, relative=True, master=1)[0].tolist() == [1, 0, 0]
+
+
+def test_an_auxiliary_that_reads_edges_worse_than_the_master_is_warned_of(tmp_path, choose):
+    er = np.array([[0.9] * 4, [0.1, 0.35, 0.2, 0.1], [0.05] * 4])
+    write_run(tmp_path, ef=er, noise={"SC": 0.1, "EF": 0.01})
     triple, chosen = choose(tmp_path, "--score", "readout")
     assert triple == ("structure", "edges", 8)
-    assert chosen["scores"]["edges"]["ER"] == pytest.approx({"4": 5, "8": 20, "16": 10, "32": 4})
-    er = np.array([[0.1, 0.5, 0.8, 0.3], [0.5, 0.6, 0.85, 0.6], [0.1, 0.1, 0.1, 0.1]])  # peaks and leads differ
-    write_run(tmp_path, ef=er, noise={"SC": 0.1, "EF": 0.01})
-    assert choose(tmp_path)[0] == ("structure", "edges", 16)
-    assert choose(tmp_path, "--score", "readout")[0] == ("structure", "edges", 4)
+    (warning,) = chosen["warnings"]
+    assert warning.startswith("ER of edges at OS 8, 0.35, does not clear that of structure, 0.90: higher in 0.0%")
 
 
 def test_readout_is_held_against_the_pixels_and_needs_enough_images(tmp_path, choose):

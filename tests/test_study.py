@@ -59,6 +59,8 @@ def test_a_peak_is_held_against_the_best_stride():
     assert rows["EF_RELEASED"][4:] == ["OS 4", "0.40"]
     assert rows["ER"][4] == "OS 16"
     assert rows["ER, lead over the master's"][:5] == ["0.10", "0.30", "0.10", "0.00", "OS 8"]
+    table = {key: scores for key, scores in made(GAINS).items() if key[0] != "os32"}
+    assert study.peaks(table, {"scores": scores}, SELECTION, "mIoU") == "some strides are not trained yet\n"
 
 
 def test_ways_are_what_they_say():
@@ -68,6 +70,7 @@ def test_ways_are_what_they_say():
     assert study.flags_of("tuned", SELECTION) == ["--stride", 8, "--aux-mode", "ft"]
 
 
+@pytest.mark.slow
 def test_study_trains_once_and_goes_on_where_it_stopped(tmp_path, data, stage, monkeypatch):
     """With two ways of the eight; the last picture, tables and figure come from what study.csv holds."""
     folder = tmp_path / "r"
@@ -88,12 +91,17 @@ def test_study_trains_once_and_goes_on_where_it_stopped(tmp_path, data, stage, m
     text = (tmp_path / "r_study/study.md").read_text()
     assert "fused at s* over alone: mIoU" in text
 
+    monkeypatch.setattr("sys.argv", [*words[:-1], "11"])
+    with pytest.raises(run.UserError, match=r"flags was .*\"10\".*now.*\"11\".*another --out"):
+        study.main()
+    (tmp_path / "r_study/study.csv").unlink()  # the trainings' own results answer
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
     study.main()
+    assert study.read_table(tmp_path / "r_study/study.csv") == table
     monkeypatch.undo()
     monkeypatch.setattr("sys.argv", ["study.py", "--run", str(folder), "--out", str(tmp_path / "x"), "--report"])
-    with pytest.raises(run.UserError, match="nothing to report"):
+    with pytest.raises(run.UserError, match=r"study\.json|x is missing"):
         study.main()
 
 
