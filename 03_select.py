@@ -181,7 +181,7 @@ def report(folder, metrics, selection, otherwise):
     reasons = {"master": reasons[0], "auxiliary": others, "stride": peak}
     by_hand, stability = selection["chosen_by_hand"], selection["stability"]
     for part, reason in reasons.items():
-        print(f"{part:12}{selection[part]:<16}{'chosen by hand' if part in by_hand else reason}")
+        print(f"{part:12}{selection[part]:<15} {'chosen by hand' if part in by_hand else reason}")
     pair, stride, both = (f"{stability[part]:.0%}" for part in ("pair", "stride", "all"))
     print(f"in {RESAMPLES} resamples of the {metrics['images']} images the same pair in {pair}, stride in {stride}, "
           f"both in {both}" + (f" ({', '.join(by_hand)} held fixed)" if by_hand else ""))  # fmt: skip
