@@ -135,11 +135,11 @@ def report_labels(train, val, pixels):
     for areas in pixels:
         shares = 100 * areas.sum(0) / max(1, areas.sum())
         columns += [[run.number(share, 2) for share in shares], map(str, (areas > 0).sum(0))]
+    if val.held_out:
+        print(f"no val split: a fifth of train is held out, in all stages (see run.json): {run.some(val.names)}")
     head = ["class", "train: % of pixels", "pictures", "val: % of pixels", "pictures"]
     print(f"\n{len(train)} pictures of {train.root} to train on, {len(val)} to evaluate on")
     print(run.table([head, *zip(names, *columns, strict=True)]))
-    if val.held_out:
-        print(f"no val split: a fifth of train is held out, in all stages (see run.json): {run.some(val.names)}")
 
     found = zip(names, *(areas.any(0) for areas in pixels), strict=True)
     absent = [name + (" (but in val)" if in_val else "") for name, in_train, in_val in found if not in_train]
@@ -150,7 +150,7 @@ def report_labels(train, val, pixels):
     lone = sorted(there - {file for samples in (train, val) for files in samples.files for file in files})
     for what, odd in (("classes not in train", absent), ("pictures without a class", blank), ("files unused", lone)):
         if len(odd):
-            print(f"WARNING: {what}: {len(odd)}, {run.some(odd)}")
+            print(f"WARNING: {len(odd)} {what}: {run.some(odd)}")
 
 
 def read_picture(name, root, size, turn):

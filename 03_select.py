@@ -14,6 +14,7 @@ for EF: as it compares encoders at one stride, what counts is the lead over the 
 Reads metrics.json and metrics.csv. Writes selection.json, and draws the choice into metrics.png.
 """
 
+import contextlib
 import csv
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +149,11 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
 
 
 def trained_otherwise(folder, choice):
-    """Was the folder's checkpoint.pt trained with another choice, the selection before this one?"""
-    if not ((folder / "checkpoint.pt").is_file() and (folder / "selection.json").is_file()):
-        return False
-    before = run.read_stage(folder, "selection.json", "03_select.py")
-    return any(before[part] != choice[part] for part in choice)
+    """Was the folder's checkpoint.pt trained with another choice? A damaged one is for 04_train.py to refuse."""
+    with contextlib.suppress(Exception):  # torch raises many types; most often there is no checkpoint
+        trained = run.read_checkpoint(folder / "checkpoint.pt")["settings"]
+        return any(trained[part] != choice[part] for part in choice)
+    return False
 
 
 # ------------------------------------------------------------------ the stage
@@ -221,7 +222,7 @@ def main():
     warnings = what_speaks_against(settings, metrics, selection, sc, ef, agreement)
     otherwise = trained_otherwise(settings.run, selection)
     if otherwise:
-        warnings.append("checkpoint.pt was trained with the selection before this one: give 04_train.py an --out")
+        warnings.append("checkpoint.pt was trained with another selection than this one: give 04_train.py an --out")
     selection |= {"task": settings.task, "score": settings.score}
     selection["chosen_by_hand"] = [part for part, index in by_hand.items() if index is not None]
     selection["scores"] = {

@@ -251,7 +251,8 @@ def report(path, samples, trained, entry):
     text = "{master}, {auxiliary} at stride {stride}, fusion {fusion}".format(**model)
     if model["fusion"] == "none":
         text = f"{model['master']}, alone"
-    text += f", {model['steps']} steps on {benchmark.trains_on}, seed {model['seed']}; percent"
+    trained_on = benchmark.trains_on.replace("own ", f"{trained['benchmark']} ")
+    text += f", {model['steps']} steps on {trained_on}, seed {model['seed']}; percent"
     for encoder, weights in model["weights"].items():
         text += f"; RANDOM WEIGHTS at the start: {encoder}" if weights == "none" else ""
     of = "images held out of train" if samples.held_out else "images"
@@ -270,7 +271,7 @@ def report(path, samples, trained, entry):
 def compare(folders):
     """A row a run with its scores, then every benchmark beside the paper's number."""
     runs, best = [], defaultdict(list)
-    for folder in folders:
+    for folder in filter(Path.is_dir, folders):  # runs/* may name files too
         try:
             results = run.read_stage(folder, "results.json", "05_eval.py")
             ((benchmark, entry),) = results["benchmarks"].items()
@@ -286,7 +287,7 @@ def compare(folders):
             runs.append((benchmark, int(model["stride"]), row))
             best[benchmark].append(scores)
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
-            print(f"left out: {folder} holds no results.json of this version: run 05_eval.py --run {folder}")
+            print(f"left out: {folder} holds no results.json of an evaluation on all images")
     need(runs, "none of these folders holds results: run 05_eval.py on them first")
     rows = [["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]]
     rows += [row for *_, row in sorted(runs, key=lambda entry: entry[:2])]

@@ -139,7 +139,7 @@ def draw_loss(path, log, terms):
         axis.plot(steps, log[term], color=colour, lw=0.4, alpha=0.3)
         axis.plot(steps[window // 2 :][: len(mean)], mean, color=colour, lw=1.8, label=term)
     axis.set(xlabel="training step", ylabel=f"loss, weighted (bold: mean of {window} steps)", yscale="log")
-    axis.legend()
+    axis.legend(loc="upper right")
     save(figure, path)
 
 
@@ -168,6 +168,6 @@ def draw_predictions(path, rows, class_names):
             axis.imshow(mixed)
             axis.set_title(title)
     patches = [Patch(color=palette[label + 1], label=class_names[label]) for label in sorted(seen)]
-    patches.append(Patch(color="0.15", label="dark: no segment"))
+    patches.append(Patch(color="0.15", label="dark: no segment, or not counted"))
     figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize="small")
     save(figure, path)

@@ -350,6 +350,10 @@ def report(folder, sources, scores, truths, rows):
         rhos += ["{rho:.2f} ({low:.2f} to {high:.2f})".format(**row[name]) for name in ("mean of strides", "all")]
         table.append([row["truth"], row["score"], "with controls" if row["controls"] else "encoders", *rhos])
     print(f"\nSpearman's rho over {len(sources)} sources, {len(metrics.CONTROLS)} of them controls\n{run.table(table)}")
+    if len(sources) < 10:
+        print(
+            f"WARNING: rho over {len(sources)} sources says little within a stride: extract more encoders, see --runs"
+        )
     print(f"wrote ground_truth.csv, .json and .png in {folder}")
 
 

@@ -116,6 +116,11 @@ def difference(table, way, other, score):
     return gains.mean(), stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5, seeds
 
 
+def give_or_take(gain, half):
+    """For tables; one seed has no interval."""
+    return f"{gain:+.1f} ± {run.number(half)}"
+
+
 def gains_table(table, names):
     """Each way's mean and standard deviation over seeds, then its gain over the master alone."""
     rows = [["", "seeds", *names, *(f"{name} gained" for name in names)]]
@@ -123,10 +128,10 @@ def gains_table(table, names):
         of_way = [scores for (w, _), scores in table.items() if w == way]
         if not of_way:
             continue
-        means = [f"{np.mean(v):.1f} ± {np.std(v, ddof=1) if len(v) > 1 else np.nan:.1f}"
-                 for v in ([scores[name] for scores in of_way] for name in names)]  # fmt: skip
-        found = [difference(table, way, "alone", name) for name in names]
-        gains = ["" if way == "alone" else f"{gain:+.1f} ± {half:.1f}" for gain, half, _ in found]
+        values = ([scores[name] for scores in of_way] for name in names)
+        means = [f"{np.mean(v):.1f} ± {run.number(np.std(v, ddof=1) if len(v) > 1 else np.nan)}" for v in values]
+        found = [difference(table, way, "alone", name)[:2] for name in names]
+        gains = ["" if way == "alone" else give_or_take(*pair) for pair in found]
         rows.append([way, str(len(of_way)), *means, *gains])
     return run.table(rows)
 
@@ -146,8 +151,8 @@ def peaks(table, metrics, selection, score):
     rows = [["", *(f"OS {stride}" for stride in STRIDES), "peak", "rho with the gain"]]
     rows.append([f"{score} gained", *(f"{gain:+.1f}" for gain in gains), f"OS {STRIDES[np.argmax(gains)]}", ""])
     for name, profile in profiles.items():
-        rho = stats.spearmanr(profile, gains).statistic
-        rows.append([name, *(f"{v:.2f}" for v in profile), f"OS {STRIDES[np.argmax(profile)]}", f"{rho:.2f}"])
+        rho = stats.spearmanr(profile, gains).statistic if np.ptp(gains) and np.ptp(profile) else np.nan
+        rows.append([name, *(f"{v:.2f}" for v in profile), f"OS {STRIDES[np.argmax(profile)]}", run.number(rho, 2)])
     return run.table(rows)
 
 
@@ -177,7 +182,7 @@ def where_gains_fall(table, way, samples):
     rows = [["IoU gained", "classes", "mean"]]
     for kind in ("mIoU", "boundary_mIoU", *kinds):
         gain, half, _ = difference(table, way, "alone", kind)
-        rows.append([kind, ", ".join(kinds.get(kind, ())), f"{gain:+.1f} ± {half:.1f}"])
+        rows.append([kind, ", ".join(kinds.get(kind, ())), give_or_take(gain, half)])
     return run.table(rows)
 
 
@@ -199,6 +204,7 @@ def draw(path, table, metrics, selection, score):
         profile = np.array([own[str(s)][name]["mean"] for s in STRIDES], float)
         other.plot(range(4), profile / profile.max(), "--", color=colour, label=f"{name}, of its peak")
     other.set_ylim(0, 1.05)
+    other.set_ylabel("score of the auxiliary, of its peak")
     right.set_xticks(range(4), STRIDES)
     right.set_xlabel("output stride of the auxiliary's map")
     handles = [h for axis in (right, other) for h in axis.get_legend_handles_labels()[0]]
@@ -215,7 +221,7 @@ def report(settings, selection, table, samples):
     text += f"s* OS {selection['stride']}; percent\n\n{gains_table(table, names)}\n"
     for other in ("alone", "auxiliary"):
         gain, half, seeds = difference(table, at, other, names[0])
-        text += f"fused at s* over {other}: {names[0]} {gain:+.1f} ± {half:.1f}, {len(seeds)} seeds\n"
+        text += f"fused at s* over {other}: {names[0]} {give_or_take(gain, half)}, seeds {seeds}\n"
     text += f"\n{peaks(table, metrics, selection, names[0])}"
     text += "chance names the best of four strides one time in four\n"
     if "mIoU" in names:

@@ -198,7 +198,7 @@ def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
     run.write_json(tmp_path / "other/results.json", {"semantic": {"mIoU": 1.0}})
     said = stage("05_eval", "--compare", *folders, tmp_path / "other", tmp_path / "nothing")
     for left in (tmp_path / "other", tmp_path / "nothing"):
-        assert f"left out: {left} holds no results.json of this version: run 05_eval.py --run {left}" in said
+        assert f"left out: {left} holds no results.json of an evaluation on all images" in said
     rows = cells(said)
     assert rows[0] == ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]
     assert [row[4] for row in rows[2:8]] == ["4", "-", "8", "8", "16", "32"]

@@ -257,10 +257,10 @@ def test_stage_1_tables_the_labels_and_warns(tmp_path, stage):
     assert rows["soil"] == ["66.67", "2", "66.67", "2"] and rows["crop"] == ["33.33", "1", "0.00", "0"]
     assert rows["stone"] == ["0.00", "0", "33.33", "1"] and "-" not in rows
     assert "3 pictures of" in said and "to train on, 3 to evaluate on" in said and "held out" not in said
-    assert "WARNING: classes not in train: 3, weed, stone (but in val), hail\n" in said
+    assert "WARNING: 3 classes not in train: weed, stone (but in val), hail\n" in said
     blank = "images/train/row1/train1.jpg, images/val/row1/val1.jpg"
-    assert f"WARNING: pictures without a class: 2, {blank}\n" in said
-    assert "WARNING: files unused: 1, labels/train/row0/gone.png\n" in said
+    assert f"WARNING: 2 pictures without a class: {blank}\n" in said
+    assert "WARNING: 1 files unused: labels/train/row0/gone.png\n" in said
     assert json.loads((tmp_path / "run/run.json").read_text())["held_out"] == []
     for file in (own / "labels/train").rglob("*.png"):
         save(file, np.full((64, 96), 2, np.uint8))
@@ -362,7 +362,7 @@ def test_all_five_stages(tmp_path, stage, benchmark, measure):
     said = stage("04_train", "--run", run, *flags)
     assert "a recipe for 4 pictures of some " in said and "data        4 images of" in said
     said = stage("05_eval", "--run", run, "--workers", "0", "--save-predictions", "--device", "cpu")
-    assert f"2 steps on own train, seed 0; percent\n\n{benchmark}, 1 of 1 images held out of train" in said
+    assert f"2 steps on {benchmark} train, seed 0; percent\n\n{benchmark}, 1 of 1 images held out of train" in said
     assert f"the paper: {measure} -" in said
     entry = json.loads((run / "results.json").read_text())["benchmarks"][benchmark]
     assert entry["images"] == 1 and measure in entry["scores"]

@@ -9,6 +9,7 @@ from common import run
 
 import numpy as np
 import pytest
+import torch
 
 metrics = importlib.import_module("02_metrics")
 selection = importlib.import_module("03_select")
@@ -150,9 +151,12 @@ def test_warnings(tmp_path, choose, capsys):
     assert any("of the resamples choose the same master: its lead, 0.0" in warning for warning in unsure)
     two = choose(write_run(tmp_path, sc=close, spread=0.2, encoders=ENCODERS[:2]))[1]["warnings"]
     assert any("the same master" in w for w in two) and not any("the same auxiliary" in w for w in two)  # no other
-    (tmp_path / "checkpoint.pt").touch()
+    write_run(tmp_path)
+    torch.save({"settings": {"master": "structure", "auxiliary": "edges", "stride": 8}}, tmp_path / "checkpoint.pt")
     choose(tmp_path, "--stride", "32")
     assert f"next: python 04_train.py --run {tmp_path} --out {tmp_path}_os32" in capsys.readouterr().out
+    assert choose(tmp_path)[1]["warnings"] == []  # back to what was trained
+    assert capsys.readouterr().out.endswith(f"next: python 04_train.py --run {tmp_path}\n")
 
 
 @pytest.mark.parametrize("part", ["master", "auxiliary", "stride"])
