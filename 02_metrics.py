@@ -13,6 +13,7 @@ bootstrap intervals over the images), metrics.png (the profiles) and edges.png (
 """
 
 import csv
+import functools
 import math
 import zlib
 from collections import defaultdict
@@ -131,7 +132,8 @@ def channels_standardised(features):
     """[B,C,H,W] to positions [B,H*W,C], each channel of mean 0 and std 1 over the map."""
     channels = features.flatten(2)
     channels = channels - channels.mean(2, keepdim=True)
-    return (channels / (channels.std(2, keepdim=True, correction=0) + 1e-6)).mT
+    std = torch.linalg.vector_norm(channels, dim=2, keepdim=True) / channels.shape[2] ** 0.5  # faster than std()
+    return (channels / (std + 1e-6)).mT
 
 
 def principal_components(points, dimensions):
@@ -315,18 +317,23 @@ def readout_samples(features, edges, seed=0):
     Each column has mean 0 and std 1, and is what position does not explain: pictures of one kind share a layout, and
     to know that a street lies below and the sky above is not to see edges. 0 for degenerate maps and those too small.
     """
-    chosen = torch.randperm(edges.numel(), generator=torch.Generator().manual_seed(seed))[:READOUT_POSITIONS]
-    chosen = chosen.to(edges.device)
-    y, x = (math.pi * (torch.arange(side, device=edges.device) + 0.5) / side for side in edges.shape[1:])
-    waves = [torch.outer((i * y).cos(), (j * x).cos()).flatten() for i in range(WAVES) for j in range(WAVES)]
-    position, _ = torch.linalg.qr(torch.stack(waves, 1)[chosen])  # [n,WAVES**2]
-    points, _ = without_degenerate(features.flatten(2)[:, :, None, chosen])  # [1,C,1,n]
+    chosen, waves = positions(*edges.shape[1:], seed, edges.device)
+    points, _ = without_degenerate(features.flatten(2).index_select(2, chosen)[:, :, None])  # [1,C,1,n]
     columns = channels_standardised(torch.cat([points, edges.flatten(1)[:, None, None, chosen]], 1))[0]
     if len(columns) <= 2 * WAVES**2:
         return torch.zeros_like(columns)
-    columns = columns - position @ (position.mT @ columns)
-    left = columns.std(0, correction=0)  # of 1; where position explains all, what is left is rounding
-    return torch.where(left > 1e-3, columns / left, 0)
+    columns = columns - waves @ (waves.mT @ columns)
+    left = torch.linalg.vector_norm(columns, dim=0) / len(columns) ** 0.5  # std, of 1
+    return torch.where(left > 1e-3, columns / left, 0)  # where position explains all, what is left is rounding
+
+
+@functools.lru_cache(64)  # the same for all maps of a size
+def positions(height, width, seed, device):
+    """At most READOUT_POSITIONS positions of a map, int64 [n], and cosines over them, orthonormal [n,WAVES**2]."""
+    chosen = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))[:READOUT_POSITIONS]
+    y, x = (math.pi * (torch.arange(side) + 0.5) / side for side in (height, width))
+    waves = [torch.outer((i * y).cos(), (j * x).cos()).flatten() for i in range(WAVES) for j in range(WAVES)]
+    return chosen.to(device), torch.linalg.qr(torch.stack(waves, 1)[chosen])[0].to(device)
 
 
 # ------------------------------------------------------------------ controls and summary
