@@ -337,6 +337,11 @@ def positions(height, width, seed, device):
 
 
 # ------------------------------------------------------------------ controls and summary
+def control_seed(seed, name, stride):
+    """Noise is another for each picture and stride, and the same in every run."""
+    return zlib.crc32(f"{seed} {name} {stride}".encode())
+
+
 def control(source, image, stride, seed):
     """A map that needs no encoder, from image [1,3,H,W]: [1,64,H/stride,W/stride] of noise, or [1,3,...]."""
     height, width = image.shape[2] // stride, image.shape[3] // stride
@@ -481,9 +486,9 @@ def read_maps(settings, found, name):
 def read_sources(settings, found, name):
     """The same with the controls' maps, after the encoders'."""
     image, maps = read_maps(settings, found, name)
-    seeds = {stride: zlib.crc32(f"{settings.seed} {name} {stride}".encode()) for stride in STRIDES}
+    seeds = {stride: control_seed(settings.seed, name, stride) for stride in STRIDES}
     for source in CONTROLS:
-        maps[source] = {stride: control(source, image, stride, seeds[stride]) for stride in STRIDES}
+        maps[source] = {stride: control(source, image, stride, seed) for stride, seed in seeds.items()}
     return image, maps
 
 

@@ -24,6 +24,7 @@ from common.figures import draw_profiles
 from common.run import RESAMPLES, UserError, flag, natural, need
 
 import numpy as np
+import torch
 
 CLEAR = 0.975  # the share of resamples in which a winner must exceed its control
 AGREE = 0.9  # the share of resamples that must choose the same
@@ -96,11 +97,10 @@ def held_by_hand(settings, metrics):
 # ------------------------------------------------------------------ scores
 def read_scores(folder, metrics, score, weights):
     """Mean SC and EF over images, one for each row of weights [R, image]: two arrays [R, source, stride]."""
-    columns = ("SC", score)
     shape = (metrics["images"], len(metrics["scores"]), len(metrics["strides"]))
     try:
         with open(folder / "metrics.csv", newline="") as file:
-            rows = [[float(row[column]) for column in columns] for row in csv.DictReader(file)]
+            rows = [[float(row[column]) for column in ("SC", score)] for row in csv.DictReader(file)]
         values = np.array(rows).T.reshape(2, *shape)  # [column, image, source, stride]
     except (OSError, KeyError, ValueError, TypeError) as error:
         again = run.command("02_metrics.py", folder)
@@ -118,7 +118,8 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
     structure, edges = choice["master"], choice["auxiliary"]
     if settings.task == "edges":
         structure, edges = edges, structure
-        at = at if score == "ER" else ef[0, sources.index(edges)].argmax()
+        if score != "ER":  # whose lead the stride was chosen by
+            at = ef[0, sources.index(edges)].argmax()
     at_stride = f"{score} of {edges} at OS {metrics['strides'][at]}"
     duels = [(at_stride, edges, ef[:, :, at], control) for control in EDGE_CONTROLS[score]]
     if score == "ER":  # it would put a worse map in the place of a better one
@@ -151,7 +152,8 @@ def what_speaks_against(settings, metrics, choice, sc, ef, agreement):
 def trained_otherwise(folder, choice):
     """Was the folder's checkpoint.pt trained with another choice? A damaged one is for 04_train.py to refuse."""
     with contextlib.suppress(Exception):  # torch raises many types; most often there is no checkpoint
-        trained = run.read_checkpoint(folder / "checkpoint.pt")["settings"]
+        # Mapped, not read: its weights may take gigabytes.
+        trained = torch.load(folder / "checkpoint.pt", "cpu", mmap=True, weights_only=True)["settings"]
         return any(trained[part] != choice[part] for part in choice)
     return False
 
@@ -175,7 +177,8 @@ def report(folder, metrics, selection, otherwise):
     if score == "ER":
         at, scores = str(selection["stride"]), selection["scores"]
         leads = scores[selection["auxiliary"]]["ER"][at] - scores[selection["master"]]["ER"][at]
-        of_edges, peak = "highest ER", f"where the auxiliary's ER leads the master's most, by {leads:.2f}"
+        edges = {"segmentation": "furthest ahead of the master in ER", "edges": "highest ER, mean over strides"}
+        of_edges, peak = edges[selection["task"]], f"where the auxiliary's ER leads the master's most, by {leads:.2f}"
     reasons = ["highest SC, mean over strides", of_edges]
     reasons = reasons if selection["task"] == "segmentation" else reasons[::-1]
     others = f"{reasons[1]} among the others" if len(metrics["encoders"]) > 2 else "the only other encoder"

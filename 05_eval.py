@@ -271,7 +271,9 @@ def report(path, samples, trained, entry):
 def compare(folders):
     """A row a run with its scores, then every benchmark beside the paper's number."""
     runs, best = [], defaultdict(list)
-    for folder in (folder for folder in folders if not folder.is_file()):  # runs/* may name files too
+    for folder in folders:
+        if folder.is_file():  # runs/* may name some
+            continue
         try:
             results = run.read_stage(folder, "results.json", "05_eval.py")
             ((benchmark, entry),) = results["benchmarks"].items()

@@ -101,16 +101,15 @@ def draw_profiles(path, metrics, selection=None):
     With selection.json's content, master and auxiliary are named and drawn bold and s* is marked.
     """
     panels = {"SC": "Structural Coherence, SC", "EF": "Edge Fidelity, EF", "ER": "edge readout, ER"}
-    profile = next(iter(metrics["scores"].values()))
-    if run.number(profile["4"].get("ER", {}).get("mean")) == "-":  # of a few pictures there is no readout
-        del panels["ER"]
     strides, selection = metrics["strides"], selection or {}
+    first, *_ = metrics["scores"].values()
+    if run.number(first[str(strides[0])].get("ER", {}).get("mean")) == "-":  # of a few pictures there is no readout
+        del panels["ER"]
     roles = {selection.get(role): role for role in ("auxiliary", "master")}
     figure, axes = plt.subplots(1, len(panels), figsize=(9, 4))
     for axis, (score, title) in zip(axes, panels.items(), strict=True):
         for i, (source, profile) in enumerate(metrics["scores"].items()):
-            numbers = [[profile[str(s)][score][key] for s in strides] for key in ("mean", "low", "high")]
-            mean, low, high = np.array(numbers, float)  # NaN where there is none
+            mean, low, high = ([profile[str(s)][score][key] for s in strides] for key in ("mean", "low", "high"))
             if source in metrics["controls"]:
                 axis.plot(strides, mean, color="0.45", lw=1.2, ls=DASHES[source], label=f"control: {source}")
                 continue

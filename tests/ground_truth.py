@@ -21,7 +21,6 @@ grows with their number is a histogram for each map.
 import csv
 import importlib
 import sys
-import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +43,7 @@ from common.run import UserError, flag, need  # noqa: E402
 
 metrics = importlib.import_module("02_metrics")
 
-RIDGE = 0.1  # on the diagonal of correlations
+RIDGE = 0.1  # on the diagonal of correlations; a truth wants all that a map knows, of any width
 BINS = 400  # of predictions from -0.5 to 1.5; the regression's target is 0 or 1
 HEAD_WIDTH, HEAD_STEPS = 16, 150  # a picture a step
 SCORES = ("SC", "EF", "EF_RELEASED", "ER")
@@ -124,11 +123,14 @@ def read_at(source, names, stride, seed, i):
     """A source's map [C,h,w] of picture i, float32; 0 if it is degenerate."""
     name = names[i]
     folder, found, encoder = source
-    image = read_run_picture(found, name)[None]
     if folder is None:
-        return metrics.control(encoder, image, stride, zlib.crc32(f"{seed} {name} {stride}".encode()))[0]
+        image = read_run_picture(found, name)[None]
+        return metrics.control(encoder, image, stride, metrics.control_seed(seed, name, stride))[0]
     native = run.read_features(folder, encoder, name, run.fingerprint(Path(found["root"]) / name))
-    features = level({s: feature[None].float() for s, feature in native.items()}, image.shape[2:], stride)
+    native = {s: feature[None].float() for s, feature in native.items()}
+    finest, feature = min(native.items())
+    size = [side * finest for side in feature.shape[2:]]  # the picture's
+    features = level(native, size, stride)
     return metrics.without_degenerate(features)[0][0]
 
 
@@ -174,8 +176,8 @@ def probe(read, cells, classes, seed):
     folds = [i * metrics.FOLDS // count for i in range(count)]
     weight_of = torch.bincount(torch.cat([labels[labels < VOID] for _, labels, _ in cells]), minlength=classes)
     weight_of = 1 / weight_of.clamp_min(1).float()
-    first = read(0).flatten(1)  # near enough to all for sums in float32
-    shift, scale = first.mean(1), torch.where(first.std(1) > 0, first.std(1), 1)
+    scale, shift = torch.std_mean(read(0).flatten(1), 1)  # near enough to all for sums in float32
+    scale = torch.where(scale > 0, scale, 1)
 
     def samples(i):
         _, labels, boundary = cells[i]
@@ -351,9 +353,7 @@ def report(folder, sources, scores, truths, rows):
         table.append([row["truth"], row["score"], "with controls" if row["controls"] else "encoders", *rhos])
     print(f"\nSpearman's rho over {len(sources)} sources, {len(metrics.CONTROLS)} of them controls\n{run.table(table)}")
     if len(sources) < 10:
-        print(
-            f"WARNING: rho over {len(sources)} sources says little within a stride: extract more encoders, see --runs"
-        )
+        print(f"WARNING: {len(sources)} sources say little within a stride: extract more encoders, see --runs")
     print(f"wrote ground_truth.csv, .json and .png in {folder}")
 
 
