@@ -73,7 +73,7 @@ def test_the_main_job_on_a_small_toycity(stage, few, tmp_path):
     said = stage("03_select", "--run", folder, "--stride", 8)
     assert f"next: python 04_train.py --run {folder}" in said
     said = stage("04_train", "--run", folder, "--steps", 0, "--accumulate", 2, "--out", tmp_path / "plan")
-    assert "16 images of" in said and "1200 steps of 4 images, in 2 part(s): 300.0 epochs" in said
+    assert "16 images of" in said and "900 steps of 2 images, in 2 part(s): 112.5 epochs" in said
     assert "M learn" in said and "next: " not in said and not (tmp_path / "plan").exists()
     said = stage("04_train", "--run", folder, "--steps", 4, "--batch", 2)
     assert f"next: python 05_eval.py --run {folder}" in said and "M are frozen" in said
