@@ -30,6 +30,7 @@ RECIPE = dataclasses.replace(
     resize=(64, 64),
     crop=(64, 96),
     test_size="64x96",
+    master_rate=0.1,
     width=32,
     queries=12,
     encoder_layers=1,
