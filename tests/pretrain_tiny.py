@@ -83,9 +83,8 @@ def main():
     class_names = [category.name for category in samples.categories]
     if teach != "classes":
         samples, class_names = WithoutClasses(samples, teach == "boundaries"), ["segment"]
-    changes = {"batch": 4, "crop": (128, 256), "resize": (192, 384)}
-    changes |= {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048}
-    recipe = dataclasses.replace(stage4.RECIPES["toycity"], steps=args.steps, **changes)
+    own = stage4.TINY | {"learning_rate": 1e-3, "master_rate": 1.0, "points": 2048}
+    recipe = stage4.Recipe(args.steps, 4, (128, 256), (192, 384), **own)
     training = stage4.Training(
         benchmark=f"toycity_pretrain_{teach}",
         master=args.encoder,

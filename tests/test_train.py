@@ -23,21 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).parents[1]
 
 stage4, stage5 = importlib.import_module("04_train"), importlib.import_module("05_eval")
-RECIPE = dataclasses.replace(
-    stage4.RECIPES["toycity"],
-    steps=6,
-    batch=2,
-    resize=(64, 64),
-    crop=(64, 96),
-    test_size="64x96",
-    master_rate=0.1,
-    width=32,
-    queries=12,
-    encoder_layers=1,
-    decoder_layers=2,
-    points=512,
-    save_every=2,
-)
+SMALL = {"width": 32, "queries": 12, "encoder_layers": 1, "decoder_layers": 2, "points": 512, "save_every": 2}
+RECIPE = stage4.Recipe(6, 2, (64, 96), (64, 64), test_size="64x96", **stage4.TINY | SMALL)
 
 
 class Shapes(Dataset):
