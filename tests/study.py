@@ -10,7 +10,7 @@ Protocol, fixed before the first training. With the master, the auxiliary and th
     auxiliary      the auxiliary without a master, fine-tuned   tuned     fused at s*, the auxiliary fine-tuned too
     os4 … os32     fused at that stride, the auxiliary frozen
 
-Each is trained with the same recipe and the same seeds, two trainings at a time with one thread each, and evaluated on
+Each is trained with the same recipe and the same seeds, --jobs trainings at a time with a thread each, and evaluated on
 all validation images. Compared is seed by seed, as the seed decides order and crops of the pictures; intervals are 95 %
 of Student's t over seeds. A class is thin if over a third of its pixels lie within 3 of its edge. A training that is
 there is kept: the same command goes on, adds a line for each to study.csv and ends with study.md and study.png, all in
@@ -175,9 +175,10 @@ def where_gains_fall(table, way, samples):
     thin, things = thin_share(samples), {c.name: c.isthing for c in samples.categories}
     kinds = {"things": [name for name in thin if things[name]], "stuff": [name for name in thin if not things[name]]}
     kinds |= {"thin": [name for name in thin if thin[name] > 1 / 3], "large": [n for n in thin if thin[n] <= 1 / 3]}
+    kinds = {kind: names for kind, names in kinds.items() if names}  # labels without instances are all stuff
     for scores in table.values():  # of each kind the mean over its classes
         for kind, names in kinds.items():
-            if names and all(f"IoU of {name}" in scores for name in names):
+            if all(f"IoU of {name}" in scores for name in names):
                 scores[kind] = np.mean([scores[f"IoU of {name}"] for name in names])
     rows = [["IoU gained", "classes", "mean"]]
     for kind in ("mIoU", "boundary_mIoU", *kinds):
