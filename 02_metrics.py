@@ -439,8 +439,9 @@ def lloyd(points, centres):
             break
         before = centres[:, active]  # [B,A,k,D]
         distance = distances(before, points)  # [B,A,k,n]
-        # Two centres on the same spot share their points and stay together: no need for argmin, far slower.
-        member = (distance == distance.amin(2, keepdim=True)).float()
+        # Two centres on the same spot share their points and stay together: no need for argmin, far slower. So is a
+        # comparison that makes booleans.
+        member = distance.eq_(distance.amin(2, keepdim=True))  # 1 or 0
         size = member.sum(3, keepdim=True)  # [B,A,k,1]
         after = (member.flatten(1, 2) @ points).view_as(before) / size.clamp_min(1)
         after = torch.where((size > 0) & moving[:, active, None, None], after, before)  # empty ones stay

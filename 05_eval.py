@@ -77,7 +77,8 @@ def predict(model, image, size, device):
 
 def semantic(class_probabilities, masks):
     """Class of each pixel, int64 [H, W]: every query votes for its classes where its mask is."""
-    return torch.einsum("qc,qhw->chw", class_probabilities[:, :-1], masks).argmax(0).cpu()
+    votes = torch.einsum("qc,qhw->chw", class_probabilities[:, :-1], masks)
+    return votes.max(0).indices.cpu()  # on a CPU far faster than argmax
 
 
 def instances(class_probabilities, masks, things, top=100):
@@ -91,8 +92,9 @@ def instances(class_probabilities, masks, things, top=100):
     thing = torch.isin(labels, torch.tensor(things, device=labels.device))
     queries, labels, scores = queries[thing], labels[thing], scores[thing]
     binary = masks > 0.5  # [Q, H, W]; made once, a query may appear with several classes
-    quality = (masks * binary).sum((1, 2)) / binary.sum((1, 2)).clamp(min=1)
-    return binary[queries].cpu(), labels.cpu(), (scores * quality[queries]).cpu()
+    # one by one, as a plane fits into a CPU's cache
+    quality = [(mask * own).sum() / own.count_nonzero().clamp(min=1) for mask, own in zip(masks, binary, strict=True)]
+    return binary[queries].cpu(), labels.cpu(), (scores * torch.stack(quality)[queries]).cpu()
 
 
 def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
@@ -105,7 +107,7 @@ def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
     chosen = (labels < class_probabilities.shape[1] - 1) & (scores > sure)
     scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]
     ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
-    owner = (scores[:, None, None] * masks).argmax(0) if labels else ids  # [H, W]
+    owner = (scores[:, None, None] * masks).max(0).indices if labels else ids  # [H, W]
     segments, id_of = [], {}
     for query, label in enumerate(labels):
         own = masks[query] >= 0.5
