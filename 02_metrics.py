@@ -81,7 +81,7 @@ def structural_coherence(features, seed=0, prepared=None):
     """
     with torch.autocast(features.device.type, enabled=False):
         features, usable, points, _ = prepared or prepare(features)
-        sfc = feature_contrast(torch.linalg.vector_norm(features, dim=1))
+        sfc = feature_contrast(norms(features))
         scs = clustering_score(features, points, seed)
         scores = {"SFC": sfc, "SCS": scs, "SC": (sfc * scs).sqrt()}
         return {name: torch.where(usable, score, 0) for name, score in scores.items()}
@@ -107,9 +107,14 @@ def without_degenerate(features):
     normalised tokens (rounding noise), NaN, infinity, a single pixel.
     """
     features = features.float()
-    norm = torch.linalg.vector_norm(features, dim=1).flatten(1)  # [B,H*W]
+    norm = norms(features).flatten(1)  # [B,H*W]
     usable = norm.std(1) > 1e-4 * norm.mean(1)
     return torch.where(usable[:, None, None, None], features, 0), usable
+
+
+def norms(features):
+    """L2 norm over the channels of [B,C,H,W]: [B,H,W]; on a CPU ten times faster than torch.linalg.vector_norm."""
+    return features.square().sum(1).sqrt()
 
 
 def standardise(maps):
@@ -192,7 +197,7 @@ def edge_fidelity(features, images, prepared=None):
         strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
         strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
         ec, nc, far = ((strength * z.flatten(1).gather(1, where)).sum(1) for z in (core, near, ~(core | near)))
-        norm = torch.linalg.vector_norm(features, dim=1)  # [B,H,W]
+        norm = norms(features)  # [B,H,W]
         fc = high_frequency_share(standardise(norm))
         fc_pca = high_frequency_share(component.clamp(-8, 8))
         sp = spatial_precision(norm)

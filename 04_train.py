@@ -291,7 +291,7 @@ def make_optimiser(model, recipe):
         if parameter.requires_grad:
             groups[recipe.master_rate if encoder else 1.0, recipe.weight_decay if decays else 0.0].append(parameter)
     groups = [{"params": p, "rate": recipe.learning_rate * rate, "weight_decay": d} for (rate, d), p in groups.items()]
-    return torch.optim.AdamW(groups, fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def schedule(step, recipe):
@@ -306,8 +306,6 @@ def begin(model, recipe, checkpoint):
     optimiser, first = make_optimiser(model, recipe), 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        for group in checkpoint["optimiser"]["param_groups"]:  # the checkpoint may be another device's
-            group["fused"] = optimiser.defaults["fused"]
         optimiser.load_state_dict(checkpoint["optimiser"])
         first = checkpoint["step"]
         checkpoint.clear()  # it is as large as what it filled
