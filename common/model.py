@@ -173,7 +173,7 @@ class FusedModel(nn.Module):
         Raises FloatingPointError for what is not finite: the library's matcher would hide it.
         """
         total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
-        largest = [torch.maximum(*(logits.abs().amax() for logits in pair)) for pair in outputs]  # NaN if one is
+        largest = [torch.maximum(a.abs().amax(), b.abs().amax()) for a, b in outputs]  # NaN if there is one
         finite = torch.stack(largest).isfinite().tolist()
         if not all(finite):
             raise FloatingPointError(f"the logits of decoder layer {finite.index(False)} are not finite")

@@ -77,7 +77,7 @@ def coherence_with_truth(features, segments, seed=0):
             rows.append(features.new_full((2,), torch.nan))
             continue
         channels = feature.flatten(1)[:, inside]  # [C,n]
-        norm = metrics.standardise(torch.linalg.vector_norm(channels, dim=0)[None, None])[0, 0]  # [n]
+        norm = metrics.standardise(metrics.norms(channels[None, :, None]))[0, 0]  # [n]
         member = F.one_hot(labels, k).float()  # [n,k]
         area = member.sum(0)
         means = norm @ member / area
