@@ -439,7 +439,7 @@ class CityscapesInstanceScore:
         self.scored = []
 
     def update(self, masks, labels, scores, instance_ids, weights=None):
-        """masks bool [N, H, W], labels int64 [N] (raw ids), scores float [N], instance_ids int64 [H, W].
+        """masks bool [N, H, W], labels int64 [N] (raw ids), scores float [N], instance_ids int [H, W].
 
         With weights, float [H, W], areas and overlaps are sums of them.
         """

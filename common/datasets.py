@@ -212,7 +212,7 @@ SYNSCAPES = ["img/rgb/{stem}.png", "img/class/{stem}.png", "img/instance/{stem}.
 # By folder: what reads the labels; {label: the id of a category, or one that is not evaluated}; and where a picture and
 # its labels lie, what stands in braces being alike in all of them. KITTI-360's garages, 34, count as buildings.
 DATA_SETS = {
-    "toycity": (partial(read_ids, bare=1000), ITSELF, CITY),
+    "toycity": (partial(read_ids, bare=1000), ITSELF, [CITY[0].replace(".png", ".bmp"), CITY[1]]),
     "cityscapes": (partial(read_ids, bare=1000), ITSELF, CITY),
     "KITTI-360": (partial(read_ids, bare=0), {label: label for label in range(45)} | {34: 11}, KITTI),
     ADE: (partial(read_ids, bare=65536), {0: 0}, ["images/{split}/{stem}.jpg", "annotations/{split}/{stem}.png"]),
@@ -317,7 +317,7 @@ class Split(Dataset):
             class_of = torch.tensor([255, *labels], dtype=torch.uint8)
             truth["semantic"] = (class_of[sample["segments"].long()],)  # uint8 [H, W], 255 ignored
         if "AP" in self.measures:
-            truth["instance"] = () if self.coco else (torch.from_numpy(ids).long(),)
+            truth["instance"] = () if self.coco else (torch.from_numpy(ids),)
             if len(files) > 1:  # KITTI-360's confidence
                 truth["instance"] += (torch.from_numpy(label_image(files[1], ids.shape) / 65535),)
         if "PQ" in self.measures:

@@ -75,11 +75,13 @@ def loader_arguments(workers):
         advice = "give the container more of it (docker run --shm-size 8g), or fewer --workers"
         print(f"WARNING: no helpers, as {shared} has {free / 2**20:.0f} MB free and one may need 128: {advice}")
         workers = 0
-    return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": 600 if workers else 0}
+    return {"num_workers": workers, "worker_init_fn": begin_helper, "timeout": 600 if workers else 0}
 
 
-def ignore_signals(worker):
+def begin_helper(worker):
     """Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
+    if hasattr(os, "nice"):  # the parent first: helpers run while one of its threads waits for another
+        os.nice(5)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end

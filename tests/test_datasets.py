@@ -45,7 +45,7 @@ def test_a_scene_is_read_back_pixel_for_pixel(data):
     for index in (0, 5):
         image, labels, instances = toycity.scene("val", index)
         sample = samples[index]
-        assert sample["name"] == f"leftImg8bit/val/toycity/toycity_000000_{index:06d}_leftImg8bit.png"
+        assert sample["name"] == f"leftImg8bit/val/toycity/toycity_000000_{index:06d}_leftImg8bit.bmp"
         np.testing.assert_array_equal(sample["image"].permute(1, 2, 0), image)
         raw = np.array([0, *(TOYCITY[label][0] for label in sample["labels"])])[sample["segments"]]
         np.testing.assert_array_equal(raw, np.where(labels == toycity.EGO, 0, labels))
@@ -222,7 +222,7 @@ def test_ade20k_reads_its_classes_from_its_own_table(shelf):
 def test_kitti360_comes_with_its_weights(shelf):
     sample = open_split("kitti360_instance", shelf[0], "val")[0]
     ids, weights = sample["truth"]["instance"]
-    assert weights[:, 0].eq(1).all() and weights[0, -1] == pytest.approx(100 / 65535) and ids.dtype == torch.int64
+    assert weights[:, 0].eq(1).all() and weights[0, -1] == pytest.approx(100 / 65535) and ids.dtype == torch.int32
     assert (ids == 26000).any() and (ids == 34001).any()
     assert "truth" not in open_split("kitti360_instance", shelf[0], "train")[0]
 

@@ -99,15 +99,15 @@ def test_written_files(tmp_path, scenes):
     toycity.write(tmp_path / "a", {"train": 2, "val": 1})
     toycity.write(tmp_path / "b", {"train": 1})
     stem = "train/toycity/toycity_000000_000000"
-    names = [f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png"]
+    names = [f"leftImg8bit/{stem}_leftImg8bit.bmp", f"gtFine/{stem}_gtFine_labelIds.png"]
     names.append(f"gtFine/{stem}_gtFine_instanceIds.png")
     for name, mode, expected in zip(names, ("RGB", "L", "I;16"), scenes[0], strict=True):
         with Image.open(tmp_path / "a" / name) as picture:
             assert picture.mode == mode
             np.testing.assert_array_equal(np.asarray(picture), expected)
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    found = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.png"))
-    assert len(found) == 9 and "leftImg8bit/val/toycity/toycity_000000_000000_leftImg8bit.png" in found
+    found = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.*"))
+    assert len(found) == 9 and "leftImg8bit/val/toycity/toycity_000000_000000_leftImg8bit.bmp" in found
 
 
 def test_interrupted_writer_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_interrupted_writer_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert len(drawn) < 200  # and it stopped
     toycity.write(tmp_path / "toycity", {"val": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["toycity"]
-    assert len(list((tmp_path / "toycity").rglob("*.png"))) == 6  # nothing of the first run
+    assert len(list((tmp_path / "toycity").rglob("*.*"))) == 6  # nothing of the first run
 
 
 def test_existing_folder_is_left_alone(tmp_path, monkeypatch):
