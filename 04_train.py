@@ -175,9 +175,12 @@ def choose_recipe(recipe, changes, settings):
     if steps:
         changes = {"drops": tuple(round(drop * steps / recipe.steps) for drop in recipe.drops)} | changes
     recipe = replace(recipe, **changes | {"steps": steps or recipe.steps})
+    numbers = (recipe.learning_rate, recipe.master_rate, recipe.clip, recipe.weight_decay, recipe.power)
+    finite = np.isfinite(numbers).all()
+    need(finite, "--learning-rate, --master-rate, --clip, --weight-decay, --power: expected finite numbers")
     above = min(recipe.learning_rate, recipe.master_rate, recipe.clip, *recipe.vit_widths) > 0
     need(above, "--learning-rate, --master-rate, --clip, --vit-widths: must be above 0")
-    need(recipe.weight_decay >= 0, "--weight-decay: must not be below 0")
+    need(min(recipe.weight_decay, recipe.power) >= 0, "--weight-decay, --power: must not be below 0")
     need(0 < recipe.resize[0] <= recipe.resize[1], "--resize: expected two sides in pixels, the smaller one first")
     fits = recipe.width % 32 == 0 and recipe.width % recipe.heads == 0
     need(fits, f"--width {recipe.width}: must be a multiple of 32 and of --heads, {recipe.heads}")

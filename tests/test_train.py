@@ -291,6 +291,8 @@ def test_the_long_side_is_limited():
         (["--crop", "0x64"], "multiples of 32"),
         (["--steps", "-1"], "not be negative"),
         (["--learning-rate", "0"], "above 0"),
+        (["--power", "nan"], "finite"),
+        (["--power", "-1"], "not be below 0"),
         (["--vit-widths", "0", "8", "8", "8"], "above 0"),
         (["--weight-decay", "-1"], "not be below 0"),
         (["--resize", "200", "100"], "smaller one first"),
