@@ -105,12 +105,12 @@ def panoptic(class_probabilities, masks, things, sure=0.8, kept=0.8):
     """
     scores, labels = class_probabilities.max(-1)
     chosen = (labels < class_probabilities.shape[1] - 1) & (scores > sure)
-    scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]
+    scores, labels, masks = scores[chosen], labels[chosen].tolist(), masks[chosen]  # a copy
+    binary = masks >= 0.5
     ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
-    owner = (scores[:, None, None] * masks).max(0).indices if labels else ids  # [H, W]
+    owner = masks.mul_(scores[:, None, None]).max(0).indices if labels else ids  # [H, W]
     segments, id_of = [], {}
-    for query, label in enumerate(labels):
-        own = masks[query] >= 0.5
+    for query, (label, own) in enumerate(zip(labels, binary, strict=True)):
         region = own & (owner == query)
         if not region.any() or region.sum() < kept * own.sum():
             continue
@@ -160,6 +160,7 @@ def evaluate(model, samples, size, settings, indices, submission=None):
             score.update(*found[task], *sample["truth"][task])
         if submission:
             of_panoptic.append(save_predictions(submission, sample, found, ids))
+        del predicted, found  # much memory, before the next are made
     if submission and "panoptic" in scores:
         run.write_json(submission / "panoptic.json", {"annotations": of_panoptic})
     if submission and samples.coco and "instance" in scores:
