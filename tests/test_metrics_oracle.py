@@ -112,6 +112,7 @@ def test_kmeans_is_as_tight_as_scikit_learn():
     assert ratio.mean() < 1.001 and ratio.max() < 1.02
 
 
+@pytest.mark.slow
 def test_clustering_score_equals_the_oracle_on_the_mean_over_fifty_maps():
     kinds = [smooth(32, 24, 40, seed=100 + 2 * i, grain=0.1 + 0.02 * i)[None] for i in range(50)]
     ours = [metrics.structural_coherence(features)["SCS"].item() for features in kinds]
