@@ -160,7 +160,7 @@ def evaluate(model, samples, size, settings, indices, submission=None):
             score.update(*found[task], *sample["truth"][task])
         if submission:
             of_panoptic.append(save_predictions(submission, sample, found, ids))
-        del predicted, found  # much memory, before the next are made
+        del predicted, found  # large: gone before the next are made
     if submission and "panoptic" in scores:
         run.write_json(submission / "panoptic.json", {"annotations": of_panoptic})
     if submission and samples.coco and "instance" in scores:
