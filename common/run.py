@@ -79,8 +79,8 @@ def loader_arguments(workers):
 
 
 def begin_helper(worker):
-    """Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
-    if hasattr(os, "nice"):  # the parent first: helpers run while one of its threads waits for another
+    """Give way to the parent; Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
+    if hasattr(os, "nice"):  # Windows has none; a helper runs while one of the parent's threads waits for another
         os.nice(5)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
