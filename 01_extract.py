@@ -1,321 +1,334 @@
-"""Stage 1: run frozen encoders over pictures and keep their feature maps.
+"""Stage 1: run frozen encoders over images and keep their feature maps.
 
-    python 01_extract.py                                                     the embedded benchmark, toycity
-    python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        your own pictures, no labels needed
+    python 01_extract.py                                   the embedded benchmark, toycity
+    python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        no labels needed
     python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
-    python 01_extract.py --benchmark own_semantic --data fields/ --encoders dinov3_b sam2_b       your own, labelled
+    python 01_extract.py --benchmark own_semantic --data fields/ --encoders dinov3_b sam2_b
 
-Each picture is scaled to a working size and passes once through each encoder; the native maps are stored in float16.
-Files that are there and whole are kept: an interrupted run goes on where it stopped, and an encoder added to --encoders
-is the only one that runs. A picture that cannot be read is named and left out. Of an own data set all labels are looked
-at first. Its pictures keep their size where none has a short side above 512, and get that one otherwise.
+Each image is resized to a working size and passes once through each encoder. The feature maps are
+stored at their native strides, in float16. Files that are whole are kept, so an interrupted run
+goes on where it stopped, and an encoder added to --encoders is the only one that runs. An image
+that cannot be read is named and left out.
 
-Writes run.json, features/<encoder>/<picture>.safetensors and features.png to the run folder.
+Of people's own labelled data sets, all labels are looked at first. Their images keep their size if
+every short side is at most 512 pixels, else the short side becomes 512.
+
+Writes run.json, features/<encoder>/<image>.safetensors and features.png to the run folder.
 """
 
 import importlib.metadata
-import os
-import shlex
-import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
-from common import figures, run
-from common.datasets import (
-    find_benchmark,
-    list_pictures,
-    open_split,
-    read_image,
-    read_run_picture,
-    resize_image,
-    working_size,
-)
+from common import figures, own_data, run
+from common.datasets import find_benchmark, open_split
 from common.encoders import ENCODERS, load_encoder, weights_origin
-from common.run import CORES, DEVICES, UserError, flag, natural, need, positive
+from common.images import list_images, read_image, read_run_image, resize_image, working_size
+from common.run import CORES, DEVICES, UserError, flag, natural, positive, require
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-KINDS = ", ".join(ENCODERS)
+ENCODER_NAMES = ", ".join(ENCODERS)
 PACKAGES = ("torch", "torchvision", "timm", "sam2", "transformers", "numpy")
+SIZES = "HEIGHTxWIDTH, a short side, SHORT/LONGEST or original (default: the benchmark's, or 512)"
 
 
 @dataclass
 class Settings:
-    run: Path | None = flag(None, "run folder (default: runs/ and the name of the benchmark or folder)")
-    benchmark: str | None = flag(None, "whose training pictures to take (default: toycity)")
-    images: Path | None = flag(None, "take the pictures of a folder instead", metavar="FOLDER")
-    data: Path = flag(Path("data"), "folder of the data sets; for own_…, the data set's own")
-    encoders: tuple[str, ...] = flag(("tiny_vit", "tiny_hiera"), f"of {KINDS}, or timm:NAME", metavar="NAME", nargs="+")
-    weights: tuple[str, ...] = flag(("pretrained",), "pretrained, none or NAME=FILE", metavar="WHICH", nargs="+")
-    limit: int | None = flag(None, "pictures, evenly spaced (default: 24 for toycity, else 200)", type=positive)
-    size: str | None = flag(None, "HEIGHTxWIDTH, a short side, SHORT/LONGEST, own (default: above, or the benchmark's)")
-    seed: int = flag(0, type=natural)
+    run: Path | None = flag(
+        None, "run folder (default: runs/ and the benchmark's or folder's name)"
+    )
+    benchmark: str | None = flag(None, "take its training images (default: toycity)")
+    images: Path | None = flag(None, "take the images of a folder instead", metavar="FOLDER")
+    data: Path = flag(Path("data"), "folder of the data sets; for own_… the data set's own")
+    encoders: tuple[str, ...] = flag(
+        ("tiny_vit", "tiny_hiera"), f"{ENCODER_NAMES}, or timm:NAME", metavar="NAME", nargs="+"
+    )
+    weights: tuple[str, ...] = flag(
+        ("pretrained",), "pretrained, none (random) or NAME=FILE", metavar="WHICH", nargs="+"
+    )
+    limit: int | None = flag(
+        None, "images at most (default: 24 of toycity, else 200)", type=positive
+    )
+    size: str | None = flag(None, SIZES)
+    seed: int = flag(0, "of random weights, samples and resamples", type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "helpers beside the main process", type=natural)
+    workers: int = flag(CORES, "processes that read images", type=natural)
 
 
-def choose_weights(encoders, words):
-    """--weights as {encoder: "pretrained", "none" or a file}; UserError for words that mean nothing here."""
-    need(len(set(encoders)) == len(encoders), f"--encoders names one of {', '.join(encoders)} twice")
+def choose_weights(encoders, options):
+    """--weights as {encoder: "pretrained", "none" or a file}. UserError for an unknown option."""
+    require(len(set(encoders)) == len(encoders), f"--encoders names one twice: {encoders}")
     weights = dict.fromkeys(encoders, "pretrained")
-    for word in sorted(words, key=lambda word: "=" in word):  # single encoders overrule the word for all
-        name, _, file = word.partition("=")
+    for option in options:
+        if option in ("pretrained", "none"):
+            weights = dict.fromkeys(encoders, option)
+    # A single encoder's file overrules the option for all.
+    for option in options:
+        name, _, file = option.partition("=")
         if file and name in encoders:
             weights[name] = str(Path(file).resolve())
-        elif word in ("pretrained", "none"):
-            weights = dict.fromkeys(encoders, word)
         else:
-            raise UserError(f"--weights {word}: expected pretrained, none, or NAME=FILE with NAME one of --encoders")
+            expected = "expected pretrained, none, or NAME=FILE with NAME one of --encoders"
+            require(option in ("pretrained", "none"), f"--weights {option}: {expected}")
     return weights
 
 
-# ------------------------------------------------------------------ pictures
-def choose_pictures(settings):
-    """The folder that holds the pictures, and for run.json the names below it of those taken, and their --size."""
-    chosen = {"size": "512"}
+# ------------------------------------------------------------------ images
+def choose_images(settings):
+    """Choose the images that go through the encoders.
+
+    Returns their root folder and what run.json says of them: their names below it, their size, and
+    for people's own data sets the images held out for validation.
+    """
+    chosen = {}
     if settings.images:
-        root, names = settings.images, list_pictures(settings.images)
+        root = settings.images
+        names = list_images(root)
+        size = "512"
     else:
-        samples = open_split(settings.benchmark, settings.data, "train")
-        root, names, chosen["size"] = samples.root, samples.names, find_benchmark(settings.benchmark).size
+        train = open_split(settings.benchmark, settings.data, "train")
+        root = train.root
+        names = train.names
+        size = find_benchmark(settings.benchmark).size
         if settings.benchmark.startswith("own_"):
-            chosen |= check_labels(samples, settings)
-    few = 24 if settings.benchmark == "toycity" else 200
-    chosen["images"] = run.evenly_spaced(names, settings.limit or few)
-    return root, chosen | ({"size": settings.size} if settings.size else {})
+            val = open_split(settings.benchmark, settings.data, "val")
+            longest = own_data.check_labels(train, val, settings.workers)
+            chosen["held_out"] = sorted(val.held_out)
+            if longest <= 512:
+                size = "original"
+    limit = settings.limit or (24 if settings.benchmark == "toycity" else 200)
+    chosen["images"] = run.evenly_spaced(names, limit)
+    chosen["size"] = settings.size or size
+    return root, chosen
 
 
-def look_at(index, samples, classes):
-    """A sample's pixels by class, float64 [classes], and its picture's short side; or what is wrong with it."""
-    try:
-        sample = samples[index]
-    except UserError as error:
-        return str(error)
-    areas = rle.area(sample["rles"]) if "rles" in sample else torch.bincount(sample["segments"].flatten())[1:]
-    return np.bincount(sample["labels"], areas, classes), min(sample["image"].shape[1:])
+class ReadImage(NamedTuple):
+    name: str
+    image: torch.Tensor | None  # float32 [3, H, W] in [0, 1], at its working size
+    version: str = ""  # of the file
+    error: str = ""  # why the image cannot be used
 
 
-def check_labels(train, settings):
-    """Look at every label of an own data set, and report. Returns what run.json is to say of it.
+class Images(Dataset):
+    """The images of a run, for a DataLoader."""
 
-    UserError for what would end a training or an evaluation.
-    """
-    val = open_split(settings.benchmark, settings.data, "val")
-    names, others = ([c.name for c in samples.categories] for samples in (train, val))
-    differ = run.some(sorted({*names} ^ {*others}) or names)
-    need(names == others, f"train and val of {train.root} list other classes, or in another order: {differ}")
-    both = ConcatDataset([train, val])
-    look = partial(look_at, samples=both, classes=len(names))
-    loader = DataLoader(range(len(both)), None, collate_fn=look, **run.loader_arguments(settings.workers))
-    looks = list(tqdm(loader, "looking at labels", unit="label"))
-    wrong = [look for look in looks if isinstance(look, str)]
-    need(not wrong, f"{len(wrong)} of {len(both)} pictures of {train.root} cannot be used: {run.some(wrong, '; ')}")
-    pixels = np.array([areas for areas, _ in looks])  # [pictures of train, then of val; classes]
-    need(pixels[: len(train)].any(), f"no picture to train on in {train.root} has a pixel of {run.some(names)}")
-    report_labels(train, val, np.split(pixels, [len(train)]))
-    return {"held_out": sorted(val.held_out)} | ({"size": "own"} if max(side for _, side in looks) <= 512 else {})
+    def __init__(self, root, names, size, exif):
+        self.root = root
+        self.names = names
+        self.size = size
+        self.exif = exif
 
+    def __len__(self):
+        return len(self.names)
 
-def report_labels(train, val, pixels):
-    """Each class's share of what is labelled, and its pictures; and what may be an oversight.
-
-    pixels: by class, float64 [pictures, classes], of train and of val.
-    """
-    columns, names = [], [category.name for category in train.categories]
-    for areas in pixels:
-        shares = 100 * areas.sum(0) / max(1, areas.sum())
-        columns += [[run.number(share, 2) for share in shares], map(str, (areas > 0).sum(0))]
-    if val.held_out:
-        print(f"no val split: a fifth of train is held out, in all stages (see run.json): {run.some(val.names)}")
-    head = ["class", "train: % of pixels", "pictures", "val: % of pixels", "pictures"]
-    print(f"\n{len(train)} pictures of {train.root} to train on, {len(val)} to evaluate on")
-    print(run.table([head, *zip(names, *columns, strict=True)]))
-
-    found = zip(names, *(areas.any(0) for areas in pixels), strict=True)
-    absent = [name + (" (but in val)" if in_val else "") for name, in_train, in_val in found if not in_train]
-    blank = np.array(train.names + val.names)[~np.concatenate(pixels).any(1)]
-    folders = {"semantic": ["labels/{}"], "instance": ["{}"], "panoptic": ["{}", "annotations/panoptic_{}"]}[train.task]
-    folders = {folder.format(split) for folder in folders for split in ("train", "train" if val.held_out else "val")}
-    there = {f"{folder}/{name}" for folder in folders for name in list_pictures(train.root / folder)}
-    lone = sorted(there - {file for samples in (train, val) for files in samples.files for file in files})
-    for what, odd in (("classes not in train", absent), ("pictures without a class", blank), ("files unused", lone)):
-        if len(odd):
-            print(f"WARNING: {len(odd)} {what}: {run.some(odd)}")
-
-
-def read_picture(name, root, size, turn):
-    """(name, the picture at its working size, float32 [3, H, W] in [0, 1], or why it cannot be used, fingerprint)."""
-    path = root / name
-    try:
-        is_text = name.encode(errors="ignore").decode() == name  # else it has bytes that are not UTF-8
-        short = max(map(len, os.fsencode(name).split(b"/"))) <= 200
-        need(is_text and short, f"{ascii(str(path))} has a name too long, or no text, for a feature file: rename it")
-        image = read_image(path, turn)
-        height, width = image.shape[1:]
-        keeps = "x" in size or max(height, width) <= 16 * min(height, width)
-        need(keeps, f"{path} is {height} x {width}, too long for its aspect to be kept: give --size HxW")
-        return name, resize_image(image, size), run.fingerprint(path)
-    except UserError as error:
-        return name, str(error), None
-
-
-def lacking(folder, encoders, root, names):
-    """{encoder: pictures without a whole feature file}; those damaged, or of a picture since changed, are named."""
-    todo, pictures = {encoder: set() for encoder in encoders}, {}  # the latter {name: fingerprint}
-    for encoder, name in product(encoders, names):
-        path = run.feature_path(folder, encoder, name)
+    def __getitem__(self, index):
+        name = self.names[index]
+        path = self.root / name
         try:
-            with safe_open(path, "np") as file:  # compares its length with what its header promises
-                made_from = (file.metadata() or {}).get("picture")
-        except (SafetensorError, OSError) as error:
-            if os.path.isfile(path):
-                print(f"{path} is damaged ({error}): extracting it again")
-            todo[encoder].add(name)
-            continue
-        if name not in pictures:
-            pictures[name] = run.fingerprint(root / name) if (root / name).is_file() else None
-        if made_from != pictures[name]:
-            print(f"{root / name} is not the picture that {path} was made from: extracting it again")
-            todo[encoder].add(name)
-    return todo
+            check_name(path, name)
+            version = file_version(path)
+            image = read_image(path, self.exif)
+            height, width = image.shape[1:]
+            too_elongated = max(height, width) > 16 * min(height, width)
+            advice = "too long for its aspect to be kept: give --size HxW"
+            usable = "x" in self.size or not too_elongated
+            require(usable, f"{path} is {height} x {width}, {advice}")
+            return ReadImage(name, resize_image(image, self.size), version)
+        except (UserError, OSError) as error:
+            return ReadImage(name, None, error=str(error))
 
 
-def open_run(folder, asked):
-    """Write run.json, or check that the one there asked for the same, added encoders aside; UserError if not.
+def check_name(path, name):
+    """UserError for a name under which no feature file can be written."""
+    try:
+        parts = name.encode().split(b"/")
+        fits = max(map(len, parts)) <= 200
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        fits = False
+    advice = "its name is too long, or no text, for a feature file: rename it"
+    require(fits, f"{ascii(str(path))}: {advice}")
 
-    A run.json without any feature is from a run that failed at once, on its weights say: it binds nobody.
+
+def file_version(path):
+    """Size and time of a file: they tell whether it has changed since its features were made."""
+    status = path.stat()
+    return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+
+
+# ------------------------------------------------------------------ run folder
+def find_missing(folder, encoders, root, names):
+    """Which feature files are still to be made: {encoder: set of image names}.
+
+    A damaged file counts, and so does that of an image that has changed. Both are named.
     """
+    missing = {encoder: set() for encoder in encoders}
+    for name in names:
+        image_path = root / name
+        version = file_version(image_path) if image_path.is_file() else None
+        for encoder in encoders:
+            path = run.feature_path(folder, encoder, name)
+            if not path.is_file():
+                missing[encoder].add(name)
+                continue
+            try:
+                with safe_open(path, "np") as file:  # compares its length with its header
+                    made_from = (file.metadata() or {}).get("image")
+                problem = None if made_from == version else f"{image_path} has changed since"
+            except (SafetensorError, OSError) as error:
+                problem = f"it is damaged ({error})"
+            if problem:
+                print(f"extracting {path} again: {problem}")
+                missing[encoder].add(name)
+    return missing
+
+
+def open_run(folder, config):
+    """Write run.json, or check that the one there asks for the same, apart from added encoders.
+
+    Returns run.json's content. UserError if it differs.
+    """
+    # Without features/ an earlier run failed at once, perhaps on its weights: it is overwritten.
     if (folder / "run.json").is_file() and (folder / "features").is_dir():
-        old = run.read_stage(folder, "run.json", "01_extract.py")
-        new, grown = dict(asked), set(old["encoders"]) < set(asked["encoders"])
-        if grown:
-            new["encoders"] = old["encoders"]
+        before = run.read_stage(folder, "run.json", "01_extract.py")
+        compared = dict(config)
+        adds_encoders = set(before["encoders"]) < set(config["encoders"])
+        if adds_encoders:
+            compared["encoders"] = before["encoders"]
             for key in ("weights", "weights_from"):
-                new[key] = {encoder: asked[key][encoder] for encoder in old["encoders"]}
-        run.refuse_other_settings(folder, old, new, "give another --run, or delete it")
-        if not grown:
-            return old
-    asked["command"] = shlex.join(["python", "01_extract.py", *sys.argv[1:]])
-    asked["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
-    run.write_json(folder / "run.json", asked)
-    return asked
+                compared[key] = {encoder: config[key][encoder] for encoder in before["encoders"]}
+        advice = "give another --run, or delete it"
+        run.refuse_other_settings(folder, before, compared, advice)
+        if not adds_encoders:
+            return before
+    run.write_json(folder / "run.json", config)
+    return config
 
 
 # ------------------------------------------------------------------ extraction
-def need_disk(folder, encoders, todo, picture):
-    """UserError if the disk lacks room for the maps of all pictures, if they were of this one's size [3, H, W]."""
-    pixels, needed = picture[0].numel(), 0
-    for encoder in encoders:
-        numbers = sum(channels * pixels // stride**2 for stride, channels in encoder.channels.items())
-        needed += 2 * numbers * len(todo[encoder.name])  # bytes, float16
-    free = shutil.disk_usage(folder).free
-    room = f"{folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed"
-    need(needed < free, f"{room}: give a lower --limit")
-
-
 @torch.inference_mode()
-def extract(encoders, todo, pictures, folder, device):
-    """One file for each picture and each encoder that lacks it; one picture at a time, as a folder may hold many sizes.
+def extract(encoders, missing, loader, folder, device):
+    """Write the feature file of each image and encoder that lacks it.
 
-    pictures: yields what read_picture returns. Returns {picture: reason} of those that cannot be used.
+    loader: yields ReadImages, one at a time, as their sizes may differ. Returns {image: reason} of
+    those that cannot be used.
     """
-    left_out, writing = {}, []
-    with ThreadPoolExecutor(1) as writer:  # the encoders go on while files are written, a few pictures ahead at most
-        for name, image, fingerprint in tqdm(pictures, "extracting", unit="picture", disable=not len(pictures)):
-            if isinstance(image, str):
-                left_out[name] = image
-                tqdm.write(f"left out: {image}")
+    left_out = {}
+    waiting = []
+    # The encoders go on while files are written, by a few images at most.
+    with ThreadPoolExecutor(1) as writer:
+        for name, image, version, error in tqdm(loader, "extracting", unit="image"):
+            if error:
+                left_out[name] = error
+                tqdm.write(f"left out: {error}")
                 continue
-            if not writing:  # the first that can be used stands for all
-                need_disk(folder, encoders, todo, image)
-            for encoder in (encoder for encoder in encoders if name in todo[encoder.name]):
-                native = encoder(image[None].to(device, non_blocking=True))  # {stride: [1, C, h, w]}
-                maps = {str(stride): feature[0] for stride, feature in native.items()}
-                writing.append(writer.submit(write, run.feature_path(folder, encoder.name, name), maps, fingerprint))
-            while len(writing) > 4 * len(encoders):
-                writing.pop(0).result()
-        for written in writing:
+            for encoder in encoders:
+                if name not in missing[encoder.name]:
+                    continue
+                native = encoder(image[None].to(device, non_blocking=True))
+                path = run.feature_path(folder, encoder.name, name)
+                waiting.append(writer.submit(write_features, path, native, version))
+            while len(waiting) > 4 * len(encoders):
+                waiting.pop(0).result()
+        for written in waiting:
             written.result()
     return left_out
 
 
-def write(path, maps, fingerprint):
-    """On a GPU, fetching the maps waits for it: here, in the background; with NumPy, as PyTorch would start threads of
-    its own for this one. A map beyond float16 stays in float32."""
+def write_features(path, native, version):
+    """Write an image's feature maps {native stride: [1, C, h, w]}, with the image's version."""
     arrays = {}
-    for stride, feature in maps.items():
-        exact = np.ascontiguousarray(feature.cpu().numpy())
+    for stride, features in native.items():
+        # NumPy, as this is a thread: PyTorch would start further threads for it.
+        exact = np.ascontiguousarray(features[0].cpu().numpy())
         with np.errstate(over="ignore"):
             half = exact.astype(np.float16)
-        arrays[stride] = half if np.isfinite(half).all() else exact
+        # A map beyond the range of float16 stays in float32.
+        arrays[str(stride)] = half if np.isfinite(half).all() else exact
     with run.whole_file(path) as temporary:
-        temporary.write_bytes(save(arrays, {"picture": fingerprint}))
+        temporary.write_bytes(save(arrays, {"image": version}))
 
 
-def report(folder, found, names):
-    """A row for each map of the first picture, and three pictures' maps in colours."""
+# ------------------------------------------------------------------ the stage
+def report(folder, run_config, names):
+    """Print a row for each map of the first image, and draw three images' maps in colours."""
     shown = run.evenly_spaced(names, 3)
-    images = [read_run_picture(found, name) for name in shown]
-    pictures = [run.fingerprint(Path(found["root"]) / name) for name in shown]
-    maps = {}  # {title: for each picture {stride: [C, h, w]}}
+    images = [read_run_image(run_config, name) for name in shown]
+    maps = {}  # {title: for each image {stride: [C, h, w]}}
     rows = [["encoder", "stride", "channels", "map", "mean", "std"]]
-    for encoder in found["encoders"]:
-        title = f"{encoder}, RANDOM WEIGHTS" if found["weights"][encoder] == "none" else encoder
-        maps[title] = [run.read_features(folder, encoder, *one) for one in zip(shown, pictures, strict=True)]
-        for stride, feature in maps[title][0].items():
-            c, h, w = feature.shape
-            mean, std = (run.number(value.item(), 3) for value in (feature.float().mean(), feature.float().std()))
-            rows.append([title, str(stride), str(c), f"{h} x {w}", mean, std])
+    for encoder in run_config["encoders"]:
+        is_random = run_config["weights"][encoder] == "none"
+        title = f"{encoder}, RANDOM WEIGHTS" if is_random else encoder
+        maps[title] = [run.read_features(folder, encoder, name) for name in shown]
+        for stride, features in maps[title][0].items():
+            channels, height, width = features.shape
+            mean = run.number(features.float().mean().item(), 3)
+            std = run.number(features.float().std().item(), 3)
+            rows.append([title, str(stride), str(channels), f"{height} x {width}", mean, std])
     figures.draw_features(folder / "features.png", images, maps)
-    print(f"\nmaps of {names[0]}\n{run.table(rows)}\nwrote {folder}/run.json, features/, features.png")
+    print(f"\nmaps of {shown[0]}\n{run.table(rows)}")
+    print(f"wrote {folder}/run.json, features/, features.png")
+    if run_config["benchmark"] and len(run_config["encoders"]) == 1:
+        alone = f"{run.command('04_train.py', folder)} --fusion none"
+        print(f"to train this encoder without fusion: {alone}")
     print(f"next: {run.command('02_metrics.py', folder)}")
 
 
 def main():
     settings = run.parse(__doc__, Settings)
     weights = choose_weights(settings.encoders, settings.weights)
-    need(not (settings.images and settings.benchmark), "--images and --benchmark are two sources of pictures: give one")
+    both = "--images and --benchmark are two sources of images: give one"
+    require(not (settings.images and settings.benchmark), both)
     if not settings.images:
         settings.benchmark = settings.benchmark or "toycity"
-    benchmark = settings.benchmark  # None: a folder of pictures
-    working_size(512, 512, settings.size or "512")  # refuses a --size that means nothing
-    root, chosen = choose_pictures(settings)
-    names, size = chosen["images"], chosen["size"]
-    folder = settings.run or Path("runs") / (benchmark or root.resolve().name)
-    need(folder.resolve() != root.resolve(), f"{folder} holds the pictures: give another --run")
+    if settings.size:
+        working_size(512, 512, settings.size)  # UserError for a size that means nothing
+    root, chosen = choose_images(settings)
+    names = chosen["images"]
+    folder = settings.run or Path("runs", settings.benchmark or root.resolve().name)
+    is_root = folder.resolve() == root.resolve()
+    require(not is_root, f"{folder} holds the images: give another --run")
 
-    todo, encoders = lacking(folder, settings.encoders, root, names), []
+    missing = find_missing(folder, settings.encoders, root, names)
+    encoders = []
     for name in settings.encoders:
         if weights[name] == "none":
-            print(f"WARNING: {name} has random weights; its maps say nothing about the trained model")
-        if todo[name]:  # a file that does not fit is refused before anything is written
+            print(f"WARNING: {name} has random weights: its maps say nothing about a trained model")
+        # A weights file that does not fit is refused here, before anything is written.
+        if missing[name]:
             torch.manual_seed(settings.seed)  # random weights are the same in every run
             encoders.append(load_encoder(name, weights[name], settings.device))
-    places = {"data": None if settings.images else str(settings.data.resolve()), "root": str(root.resolve())}
-    asked = {"benchmark": benchmark, **places, **chosen}
-    asked |= {"encoders": list(settings.encoders), "weights": weights, "seed": settings.seed}
-    asked["weights_from"] = {name: weights_origin(name, weights[name]) for name in settings.encoders}
-    found = open_run(folder, asked)
+    config = {
+        "benchmark": settings.benchmark,
+        "data": None if settings.images else str(settings.data.resolve()),
+        "root": str(root.resolve()),
+        **chosen,
+        "encoders": list(settings.encoders),
+        "weights": weights,
+        "weights_from": {name: weights_origin(name, weights[name]) for name in settings.encoders},
+        "seed": settings.seed,
+    }
+    run_config = open_run(folder, config)
 
-    missing = [name for name in names if any(name in of_one for of_one in todo.values())]
-    print(f"{len(names)} pictures of {root} for {', '.join(todo)}; {len(missing)} are still to be extracted")
-    read = partial(read_picture, root=root, size=size, turn=benchmark is None)  # labels lie on pictures as stored
-    pictures = DataLoader(missing, None, collate_fn=read, **run.loader_arguments(settings.workers))
-    left_out = extract(encoders, todo, pictures, folder, settings.device)
+    todo = [name for name in names if any(name in images for images in missing.values())]
+    encoder_names = ", ".join(settings.encoders)
+    print(f"{len(names)} images of {root} for {encoder_names}: {len(todo)} are to be extracted")
+    images = Images(root, todo, chosen["size"], exif=settings.benchmark is None)
+    loader = DataLoader(images, batch_size=None, **run.loader_arguments(settings.workers))
+    left_out = extract(encoders, missing, loader, folder, settings.device)
     usable = [name for name in names if name not in left_out]
-    need(usable, f"none of the {len(names)} pictures of {root} can be used")
-    run.write_json(folder / "run.json", found | {"left_out": left_out})
-    report(folder, found, usable)
+    require(usable, f"none of the {len(names)} images of {root} can be used")
+    run_config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    run_config["left_out"] = left_out
+    run.write_json(folder / "run.json", run_config)
+    report(folder, run_config, usable)
 
 
 if __name__ == "__main__":

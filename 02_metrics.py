@@ -1,31 +1,34 @@
-"""Stage 2: measure which way each encoder leans, stride by stride, without labels.
+"""Stage 2: measure which way each encoder leans, at each output stride, without labels.
 
-Structural Coherence (SC) asks whether a feature map is made of large, distinct regions; Edge Fidelity (EF) asks whether
-its edges lie where the picture's edges lie. Both follow the paper (arXiv 2605.16864). The edge readout (ER, ours) asks
-how well the map predicts the picture's edges, and compares encoders at one stride. A score means something where it
-clears three controls that need no encoder: white noise, the picture itself, the picture shifted.
+    python 02_metrics.py                     the embedded benchmark, runs/toycity
+    python 02_metrics.py --run runs/mine     any run folder that 01_extract.py has filled
 
-    python 02_metrics.py                     # the embedded benchmark, runs/toycity
-    python 02_metrics.py --run runs/mine     # any run folder that 01_extract.py has filled
+Structural Coherence (SC) asks whether a feature map is made of large, distinct regions. Edge
+Fidelity (EF) asks whether its edges lie where the image's edges lie. Both follow the paper (arXiv
+2605.16864). The linear edge probe (ER, ours) asks how well a map predicts the image's edges, and
+compares encoders at one output stride. A score means something where it clears three controls that
+need no encoder: white noise, the image itself, and the image shifted.
 
-Reads run.json and features/. Writes metrics.csv (a row per image, source and stride), metrics.json (means with 95 %
-bootstrap intervals over the images), metrics.png (the profiles) and edges.png (each encoder's edges where EF peaks).
+From Python, structural_coherence(features) and edge_fidelity(features, image) score one feature
+map. The stage reads run.json and features/. It writes metrics.csv (a row for each image, source
+and stride), metrics.json (means with 95 % bootstrap intervals over the images), metrics.png (the
+scores by stride) and edges.png (each encoder's edges at the stride where its EF peaks).
 """
 
 import csv
 import functools
 import math
 import zlib
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common import run
-from common.datasets import read_run_picture
 from common.encoders import STRIDES, pyramid
-from common.figures import draw_edges, draw_profiles
-from common.run import CORES, DEVICES, flag, natural, need, positive
+from common.figures import EdgePanel, draw_edges, draw_profiles
+from common.images import read_run_image
+from common.run import CORES, DEVICES, flag, natural, positive, require
 
 import numpy as np
 import torch
@@ -33,347 +36,574 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 CONTROLS = ("noise", "image", "shifted")
-SCORES = ("SFC", "SCS", "SC", "EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED", "ER")
-OF_A_MAP = SCORES[:-1]  # ER is one of a set of pictures
+# Structural Coherence and its parts: structured feature contrast, structural clustering score
+SC_SCORES = ("SFC", "SCS", "SC")
+# Edge Fidelity and its parts: edge concentration, near-edge concentration and what lies far from
+# the image's edges; frequency content, of the feature norm and of the first principal component;
+# spatial precision; then the paper's product, and that of the authors' released code
+EF_SCORES = ("EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED")
+SCORES = (*SC_SCORES, *EF_SCORES, "ER")
 
-# structural coherence
-CELLS = 16  # SFC: cells along each axis
-POSITIONS, DIMENSIONS = 4096, 32  # SCS: at most so many positions, of at most so many principal components
+# structured feature contrast
+CELLS = 16  # along each axis
+
+# structural clustering score
+MIN_POSITIONS = 8  # a map of fewer positions scores 0
+MAX_POSITIONS = 4096
+DIMENSIONS = 32  # principal components
 CLUSTERS = (6, 8, 10)
-RESTARTS, TRIALS = 40, 4  # of k-means, and draws for each of its seeds
-COARSE, FINALISTS = 4, 4  # the restarts race over a quarter of the positions, the best four go on over all
-LLOYD_STEPS, LLOYD_TOLERANCE = 100, 1e-4  # stop once the centres move by less than this share of the variance
+RESTARTS = 10
+LLOYD_STEPS = 100
+LLOYD_TOLERANCE = 1e-4  # k-means has converged once its centres move by less, of the variance
 SILHOUETTE_POSITIONS = 2000
 
-# edge fidelity
+# edge concentration
 TOP_SHARE = 0.1  # the strongest tenth of the gradients are edges
-R_IN, R_OUT = 2, 4  # zones around the picture's edges, in map pixels
-HIGH_FREQUENCY = 0.15  # radius of the spectrum from which on power counts as detail
-RADII, SP_THRESHOLD, SP_SCALE = 16, 0.5, 64
+R_IN = 2  # the core zone around the image's edges, in map pixels
+R_OUT = 4  # the near zone
 
-# edge readout
-READOUT_POSITIONS = 2048  # of a map, at most
-FOLDS = 4  # of neighbouring pictures, as they may be frames of one film
-RIDGE = 0.01  # of the channels' summed variance, so that a channel more of the same changes nothing
-WAVES = 4  # cosines along each axis, of 0 to 1.5 periods, stand for position
+# frequency content
+HIGH_FREQUENCY = 0.15  # radius of the spectrum from which on power is detail
+CLIP_PCA = 8  # standard deviations
+
+# spatial precision
+RADII = 16
+SIMILARITY_THRESHOLD = 0.5
+SP_SCALE = 64
+
+# linear edge probe
+PROBE_POSITIONS = 2048
+FOLDS = 4
+RIDGE = 0.01  # of the channels' summed variance, so that a channel given twice changes nothing
+WAVES = 4  # cosines along each axis
 
 
 @dataclass
 class Settings:
     run: Path = flag(Path("runs/toycity"), "run folder")
     device: str = flag(DEVICES[0], choices=DEVICES)
-    workers: int = flag(CORES, "images at a time, a core for each", type=positive)
-    seed: int | None = flag(None, "seed of sampling, noise and bootstrap (default: the run's)", type=natural)
+    workers: int = flag(CORES, "images at a time, each on a core of its own", type=positive)
+    seed: int | None = flag(
+        None, "of samples, noise and resamples (default: the run's)", type=natural
+    )
 
 
-# ------------------------------------------------------------------ structural coherence (SC)
-@torch.no_grad()
-def structural_coherence(features, seed=0, prepared=None):
-    """Score how far feature maps are made of large, distinct regions (paper, arXiv 2605.16864).
+# ------------------------------------------------------------------ what both scores start from
+def channel_norm(features):
+    """L2 norm over the channels of [..., C, H, W]: [..., H, W]."""
+    # On a CPU ten times faster than torch.linalg.vector_norm
+    return features.square().sum(-3).sqrt()
 
-    features [B,C,H,W], any float type, any device. Returns {"SFC", "SCS", "SC"}, each float32 [B] in [0,1]:
 
-        SFC = V / (V + N)                       V variance of cell means, N mean variance in cells, of the L2-norm map
-        SCS = (median_k silhouette + 1) / 2     over k-means clusterings with k = 6, 8, 10
-        SC  = sqrt(SFC * SCS)
+def is_degenerate(features):
+    """Is there nothing to measure in a feature map [C, H, W]?
 
-    Degenerate maps score 0. Every map of a batch is sampled at the same positions. prepared: prepare(features).
+    So it is if the standard deviation of its L2 norm is under 1e-4 of the mean: for constant maps,
+    for an untrained ViT's normalised tokens (what is left is rounding), for NaN and infinity, and
+    for a single pixel.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        features, usable, points, _ = prepared or prepare(features)
-        sfc = feature_contrast(norms(features))
-        scs = clustering_score(features, points, seed)
-        scores = {"SFC": sfc, "SCS": scs, "SC": (sfc * scs).sqrt()}
-        return {name: torch.where(usable, score, 0) for name, score in scores.items()}
+    norm = channel_norm(features)
+    return not norm.std() > 1e-4 * norm.mean()
 
 
-def prepare(features):
-    """What both metrics start from: float32 features [B,C,H,W], usable [B], points [B,H*W,D], component [B,H,W].
-
-    points: in principal components, None where SCS samples the positions; component: the first one.
-    """
-    features, usable = without_degenerate(features)
-    sampled = features[0, 0].numel() > POSITIONS
-    points = principal_components(channels_standardised(features), 1 if sampled else DIMENSIONS)
-    # Standardised, as shares of its gradient are the same on any scale.
-    component = standardise(points[:, :, -1].unflatten(1, features.shape[2:]))
-    return features, usable, None if sampled else points, component
+def standardise(values):
+    """Bring a map [H, W] to mean 0 and (unbiased) standard deviation 1."""
+    return (values - values.mean()) / values.std().clamp_min(1e-8)
 
 
-def without_degenerate(features):
-    """float32 features [B,C,H,W], degenerate ones set to 0, and which are usable, bool [B].
-
-    A map is degenerate if the std of its L2 norm is under 1e-4 of its mean: constant maps, an untrained ViT's
-    normalised tokens (rounding noise), NaN, infinity, a single pixel.
-    """
-    features = features.float()
-    norm = norms(features).flatten(1)  # [B,H*W]
-    usable = norm.std(1) > 1e-4 * norm.mean(1)
-    return torch.where(usable[:, None, None, None], features, 0), usable
+def standardised_positions(features):
+    """A map [C, H, W] as positions [H*W, C], each channel with mean 0 and standard deviation 1."""
+    channels = features.flatten(1)
+    channels = channels - channels.mean(1, keepdim=True)
+    std = torch.linalg.vector_norm(channels, dim=1, keepdim=True) / channels.shape[1] ** 0.5
+    return (channels / (std + 1e-6)).T
 
 
-def norms(features):
-    """L2 norm over the channels of [B,C,H,W]: [B,H,W]; on a CPU ten times faster than torch.linalg.vector_norm."""
-    return features.square().sum(1).sqrt()
-
-
-def standardise(maps):
-    """[B,H,W] to mean 0 and (unbiased) std 1 for each map."""
-    return (maps - maps.mean((1, 2), keepdim=True)) / maps.std((1, 2), keepdim=True).clamp_min(1e-8)
-
-
-def feature_contrast(norm):
-    """SFC of L2-norm maps [B,H,W]; on small maps a cell is one pixel and SFC 1, which says little."""
-    rows, columns = min(CELLS, norm.shape[1]), min(CELLS, norm.shape[2])
-    height, width = norm.shape[1] // rows, norm.shape[2] // columns  # of a cell; what is left over is cropped
-    cells = standardise(norm)[:, : rows * height, : columns * width]
-    cells = cells.reshape(-1, rows, height, columns, width).transpose(2, 3).flatten(3)  # [B,rows,columns,pixels]
-    between = cells.mean(3).flatten(1).var(1, correction=0)
-    within = cells.var(3, correction=0).mean((1, 2)).clamp_min(1e-6)
-    return between / (between + within)
-
-
-def channels_standardised(features):
-    """[B,C,H,W] to positions [B,H*W,C], each channel of mean 0 and std 1 over the map."""
-    channels = features.flatten(2)
-    channels = channels - channels.mean(2, keepdim=True)
-    std = torch.linalg.vector_norm(channels, dim=2, keepdim=True) / channels.shape[2] ** 0.5  # faster than std()
-    return (channels / (std + 1e-6)).mT
-
-
-def principal_components(points, dimensions):
-    """Points [B,n,C] in their principal components, the first one last: [B,n,min(dimensions,n,C)]."""
-    points = points - points.mean(1, keepdim=True)
-    if points.shape[1] < points.shape[2]:  # the smaller of the two products has the same components
-        squares, coordinates = torch.linalg.eigh(points @ points.mT)  # [B,n], [B,n,n], by rising variance
-        return coordinates[:, :, -dimensions:] * squares[:, None, -dimensions:].clamp_min(0).sqrt()
-    _, directions = torch.linalg.eigh(points.mT @ points / points.shape[1])  # [B,C,C], columns by rising variance
-    return points @ directions[:, :, -dimensions:]
-
-
-def clustering_score(features, points, seed):
-    """SCS of [B,C,H,W]: how well positions fall into 6 to 10 clusters, by their silhouette."""
-    positions = features[0, 0].numel()
-    if positions < 8:
-        return features.new_zeros(len(features))
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on any device
-    chosen = torch.randperm(positions, generator=generator)[:POSITIONS].to(features.device)
-    if points is None:
-        points = principal_components(channels_standardised(features)[:, chosen], DIMENSIONS)  # [B,n,D]
+def principal_components(positions, count):
+    """Positions [n, C] in their first principal components: [n, min(count, n, C)]."""
+    positions = positions - positions.mean(0)
+    if len(positions) < positions.shape[1]:
+        # With fewer positions than channels, the n x n products have the same components.
+        variances, coordinates = torch.linalg.eigh(positions @ positions.T)  # rising variance
+        components = coordinates * variances.clamp_min(0).sqrt()
     else:
-        points = points[:, chosen]
-    silhouettes = []
-    seeds = spread_seeds(points[:, : max(len(chosen) // COARSE, 512)], max(CLUSTERS), generator)  # [B,RESTARTS,k,D]
-    for k in CLUSTERS:
-        labels = kmeans(points, seeds[:, :, :k])  # [B,n]
-        # A part for the silhouette, each cluster with its share: sorted by label, every so many-th position.
-        picks = torch.linspace(0, len(chosen) - 1, min(SILHOUETTE_POSITIONS, len(chosen))).round().long()
-        picks = labels.argsort(dim=1, stable=True)[:, picks.to(labels.device)]  # [B,m]
-        sample = points.take_along_dim(picks[..., None], 1)  # [B,m,D]
-        silhouettes.append(silhouette(sample, labels.gather(1, picks), k))
-    return (torch.stack(silhouettes).median(0).values + 1) / 2
+        _, directions = torch.linalg.eigh(positions.T @ positions / len(positions))
+        components = positions @ directions[:, -count:]
+    return components[:, -count:].flip(1)
 
 
-# ------------------------------------------------------------------ edge fidelity (EF)
+# ------------------------------------------------------------------ Structural Coherence, SC
 @torch.no_grad()
-def edge_fidelity(features, images, prepared=None):
-    """Score whether feature edges lie on the picture's edges and are sharp (paper, arXiv 2605.16864).
+def structural_coherence(features, seed=0):
+    """Score how far a feature map is made of large, distinct regions (paper, arXiv 2605.16864).
 
-    features [B,C,H,W], any float type, any device; images [B,3,H0,W0] in [0,1], sRGB. Returns float32 [B] each:
+        SC = sqrt(SFC * SCS)
 
-        EC, NC, FAR   shares of the feature edges' strength in core, near and far zone of the picture's edges; sum to 1
-        FC, FC_PCA    share of spectral power at high frequency, of the L2-norm map and of the principal component
-        SP            1 / (1 + r / 64), r the radius at which the map's detail stops resembling itself, mostly 1
-        EF          = 100 EC * NC * FC * SP                   the paper's form, in [0,25], as EC + NC <= 1
-        EF_RELEASED = 100 NC * (1 - FAR) * FC_PCA * SP        what the authors' released code computes, in [0,100]
-
-    Degenerate maps, and maps under 3 pixels high or wide, score 0. prepared: prepare(features).
+    features: [C, H, W], any float type, any device. Returns {"SFC", "SCS", "SC": float in [0, 1]}.
+    A degenerate map scores 0. seed: of the positions and of k-means.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features, usable, _, component = prepared or prepare(features)
-        if min(features.shape[2:]) < 3:
-            return {name: features.new_zeros(len(features)) for name in OF_A_MAP[3:]}
-        _, core, near = edge_zones(images.float(), features.shape[2:])  # bool [B,H-2,W-2]
-        strength, where = strongest(gradient(component)[:, 1:-1, 1:-1])  # [B,n]
-        strength = strength / strength.sum(1, keepdim=True).clamp_min(1e-12)
-        ec, nc, far = ((strength * z.flatten(1).gather(1, where)).sum(1) for z in (core, near, ~(core | near)))
-        norm = norms(features)  # [B,H,W]
-        fc = high_frequency_share(standardise(norm))
-        fc_pca = high_frequency_share(component.clamp(-8, 8))
-        sp = spatial_precision(norm)
-        scores = {"EC": ec, "NC": nc, "FAR": far, "FC": fc, "FC_PCA": fc_pca, "SP": sp}
-        scores["EF"] = 100 * ec * nc * fc * sp
-        scores["EF_RELEASED"] = 100 * nc * (1 - far) * fc_pca * sp
-        return {name: torch.where(usable, score, 0) for name, score in scores.items()}
+        features = features.float()
+        if is_degenerate(features):
+            return dict.fromkeys(SC_SCORES, 0.0)
+        sfc = structured_feature_contrast(channel_norm(features))
+        scs = structural_clustering_score(features, seed)
+    return {"SFC": sfc, "SCS": scs, "SC": math.sqrt(sfc * scs)}
 
 
-def gradient(maps):
-    """Sobel magnitude (kernel / 4, replicate padding) of [B,H,W]: [B,H,W], valid but at the border."""
-    maps = F.pad(maps[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    down = (maps[:, :-2] + 2 * maps[:, 1:-1] + maps[:, 2:]) / 4
-    across = (maps[:, :, :-2] + 2 * maps[:, :, 1:-1] + maps[:, :, 2:]) / 4
-    return torch.hypot(down[:, :, 2:] - down[:, :, :-2], across[:, 2:] - across[:, :-2])
+def structured_feature_contrast(norm):
+    """SFC of an L2-norm map [H, W]: how much it differs between cells rather than inside them.
 
+        SFC = V / (V + N)    V: variance of the cells' means, N: mean of the cells' variances
 
-def picture_edges(images, size):
-    """How strong the edges of images [B,3,H0,W0], sRGB in [0,1], are on a map of `size` (H,W): float32 [B,H,W]."""
-    images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-    linear = torch.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055) ** 2.4)  # sRGB to light
-    return gradient(torch.einsum("bchw,c->bhw", linear, linear.new_tensor([0.2126, 0.7152, 0.0722])))  # BT.709
-
-
-def strongest(strength):
-    """The strongest tenth of [B,h,w], as (values, indices) [B,n] of the flattened map."""
-    return strength.flatten(1).topk(math.ceil(TOP_SHARE * strength[0].numel()))
-
-
-def edge_zones(images, size):
-    """Find where the edges of images [B,3,H0,W0] lie on a map of `size` (H,W).
-
-    Returns (centreline, core, near), bool [B,H-2,W-2]: the ridge of the edges, pixels within R_IN of it, those
-    further out within R_OUT, by Chebyshev distance. The rest is far.
+    On small maps a cell is one pixel and SFC is 1, which says little.
     """
-    padded = picture_edges(images, size)  # [B,H,W]
-    valid = padded[:, 1:-1, 1:-1]
-    low, high = valid.amin((1, 2), keepdim=True), valid.amax((1, 2), keepdim=True)
-    padded = ((padded - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)  # the border may lie outside
-    valid = padded[:, 1:-1, 1:-1]
-    edges = torch.zeros_like(valid).flatten(1).scatter(1, strongest(valid)[1], 1).view_as(valid)
-    ridge = valid >= F.max_pool2d(padded, 3, stride=1) - 1e-6
-    centreline = edges * ridge * (high - low >= 1e-6)  # a picture without contrast has no edges
-    core = F.max_pool2d(centreline, 2 * R_IN + 1, stride=1, padding=R_IN) > 0
-    reach = F.max_pool2d(centreline, 2 * R_OUT + 1, stride=1, padding=R_OUT) > 0
-    return centreline > 0, core, reach & ~core
+    rows = min(CELLS, norm.shape[0])
+    columns = min(CELLS, norm.shape[1])
+    height = norm.shape[0] // rows  # of a cell
+    width = norm.shape[1] // columns
+    cells = standardise(norm)[: rows * height, : columns * width]
+    cells = cells.reshape(rows, height, columns, width).transpose(1, 2).flatten(2)
+    between = cells.mean(2).var(correction=0)
+    within = cells.var(2, correction=0).mean().clamp_min(1e-6)
+    return (between / (between + within)).item()
 
 
-def high_frequency_share(maps):
-    """FC [B] of standardised maps [B,H,W]: share of power at radius >= 0.15, DC counted, 1 being the corner."""
-    height, width = maps.shape[1:]
-    window = torch.outer(*(torch.hann_window(n, periodic=False, device=maps.device) for n in (height, width)))
-    power = torch.fft.fftshift(torch.fft.fft2(maps * window), dim=(1, 2)).abs().square()  # [B,H,W]
-    y, x = (torch.linspace(-1, 1, n, device=maps.device) for n in (height, width))
+def structural_clustering_score(features, seed):
+    """SCS of a map [C, H, W]: how well its positions fall into 6, 8 and 10 clusters.
+
+    SCS = (median of the mean silhouettes + 1) / 2
+    """
+    positions = standardised_positions(features)  # [H*W, C]
+    if len(positions) < MIN_POSITIONS:
+        return 0.0
+    # Drawn on the CPU, so that the sample is the same on any device.
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(positions), generator=generator)[:MAX_POSITIONS]
+    points = principal_components(positions[sample.to(positions.device)], DIMENSIONS)  # [n, D]
+    silhouettes = []
+    for k in CLUSTERS:
+        labels = kmeans(points, k, generator)  # [n]
+        # Each cluster keeps its share of the sample: every so many-th position, by label.
+        count = min(SILHOUETTE_POSITIONS, len(points))
+        every = torch.linspace(0, len(points) - 1, count, device=points.device).round().long()
+        picks = labels.argsort(stable=True)[every]
+        silhouettes.append(silhouette(points[picks], labels[picks], k))
+    return (float(np.median(silhouettes)) + 1) / 2
+
+
+# ------------------------------------------------------------------ Edge Fidelity, EF
+@torch.no_grad()
+def edge_fidelity(features, image):
+    """Score whether a map's edges lie on the image's edges and are sharp (arXiv 2605.16864).
+
+        EF = 100 * EC * NC * FC * SP                           the paper's, in [0, 25]
+        EF_RELEASED = 100 * NC * (1 - FAR) * FC_PCA * SP       the authors' code's, in [0, 100]
+
+    features: [C, H, W], any float type, any device. image: [3, H0, W0], sRGB in [0, 1]. Returns a
+    float for each of EF_SCORES. EC, NC and FAR sum to 1, so EF is at most 25. A degenerate map, and
+    one of less than 3 pixels along an axis, scores 0.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        if is_degenerate(features) or min(features.shape[1:]) < 3:
+            return dict.fromkeys(EF_SCORES, 0.0)
+        norm = channel_norm(features)
+        component = first_component(features)
+        edges = locate_edges(component, image.float())
+        scores = edge_concentration(edges)
+        scores["FC"] = frequency_content(standardise(norm))
+        scores["FC_PCA"] = frequency_content(component.clamp(-CLIP_PCA, CLIP_PCA))
+        scores["SP"] = spatial_precision(norm)
+    scores["EF"] = 100 * scores["EC"] * scores["NC"] * scores["FC"] * scores["SP"]
+    released = scores["NC"] * (1 - scores["FAR"]) * scores["FC_PCA"] * scores["SP"]
+    scores["EF_RELEASED"] = 100 * released
+    return scores
+
+
+def first_component(features):
+    """The first principal component of a map [C, H, W], standardised: [H, W]."""
+    component = principal_components(standardised_positions(features), 1)
+    return standardise(component.reshape(features.shape[1:]))
+
+
+class Edges(NamedTuple):
+    """Where a map has edges, and where they lie beside the image's.
+
+    All are [H-2, W-2]: the outermost pixels have no gradient.
+    """
+
+    strength: torch.Tensor  # of the map's edges, 0 elsewhere
+    thinned: torch.Tensor  # bool: the image's edges, one pixel thin
+    zone: torch.Tensor  # 1 core, 2 near, 3 far from the image's edges
+
+
+def locate_edges(component, image):
+    """Find the edges of a map, from its first component [H, W], and the zones around the image's.
+
+    Zones count in map pixels, in squares around the thinned image edges: core is within R_IN, near
+    is further out within R_OUT, far is the rest.
+    """
+    gradient = sobel(component)[1:-1, 1:-1]
+    strength = gradient * strongest(gradient)
+    thinned = thinned_image_edges(image, component.shape)
+    core = dilate(thinned, R_IN)
+    near = dilate(thinned, R_OUT) & ~core
+    zone = torch.full(thinned.shape, 3, device=thinned.device)
+    zone[core] = 1
+    zone[near] = 2
+    return Edges(strength, thinned, zone)
+
+
+def edge_concentration(edges):
+    """EC, NC and FAR: the shares of the map's edge strength in the core, near and far zone."""
+    total = edges.strength.sum().clamp_min(1e-12)
+    scores = {}
+    for zone, name in enumerate(("EC", "NC", "FAR"), 1):
+        scores[name] = (edges.strength[edges.zone == zone].sum() / total).item()
+    return scores
+
+
+def sobel(values):
+    """Magnitude of the Sobel gradient (kernel / 4, replicate padding) of a map [H, W]."""
+    values = F.pad(values[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    down = (values[:-2] + 2 * values[1:-1] + values[2:]) / 4  # smoothed along the columns
+    across = (values[:, :-2] + 2 * values[:, 1:-1] + values[:, 2:]) / 4
+    return torch.hypot(down[:, 2:] - down[:, :-2], across[2:] - across[:-2])
+
+
+def strongest(gradient):
+    """The strongest tenth of a map [h, w], bool."""
+    count = math.ceil(TOP_SHARE * gradient.numel())
+    chosen = torch.zeros_like(gradient, dtype=torch.bool).flatten()
+    chosen[gradient.flatten().topk(count).indices] = True
+    return chosen.view_as(gradient)
+
+
+def dilate(mask, radius):
+    """All pixels within a square of `radius` around those of a mask [h, w]."""
+    size = 2 * radius + 1
+    return F.max_pool2d(mask[None].float(), size, stride=1, padding=radius)[0] > 0
+
+
+def image_edges(image, size):
+    """Strength of the edges of an image [3, H0, W0], sRGB in [0, 1], on a map of `size`: [H, W]."""
+    image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+    # From sRGB to linear light, and its luminance by BT.709
+    linear = torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
+    luminance = torch.einsum("chw,c->hw", linear, linear.new_tensor([0.2126, 0.7152, 0.0722]))
+    return sobel(luminance)
+
+
+def thinned_image_edges(image, size):
+    """The image's edges on a map of `size`, at the maxima across them: bool [H-2, W-2]."""
+    gradient = image_edges(image, size)  # [H, W]
+    inner = gradient[1:-1, 1:-1]
+    low = inner.min()
+    contrast = inner.max() - low
+    if contrast < 1e-6:  # an image without contrast has no edges
+        return torch.zeros_like(inner, dtype=torch.bool)
+    # The border lies outside the range that is stretched.
+    gradient = ((gradient - low) / contrast).clamp(0, 1)
+    inner = gradient[1:-1, 1:-1]
+    is_maximum = inner >= F.max_pool2d(gradient[None], 3, stride=1)[0] - 1e-6
+    return strongest(inner) & is_maximum
+
+
+def frequency_content(values):
+    """FC of a standardised map [H, W]: its share of spectral power at radius >= 0.15.
+
+    Radius 1 is the corner of the spectrum. The mean of the windowed map counts as power, too.
+    """
+    height, width = values.shape
+    rows = torch.hann_window(height, periodic=False, device=values.device)
+    columns = torch.hann_window(width, periodic=False, device=values.device)
+    spectrum = torch.fft.fftshift(torch.fft.fft2(values * torch.outer(rows, columns)))
+    power = spectrum.abs().square()  # [H, W]
+    y = torch.linspace(-1, 1, height, device=values.device)
+    x = torch.linspace(-1, 1, width, device=values.device)
     radius = torch.hypot(y[:, None], x[None])
-    high = radius / radius.max() >= HIGH_FREQUENCY  # [H,W]
-    return (power * high).sum((1, 2)) / power.sum((1, 2)).clamp_min(1e-12)
+    high = radius / radius.max() >= HIGH_FREQUENCY
+    return (power[high].sum() / power.sum().clamp_min(1e-12)).item()
 
 
 def spatial_precision(norm):
-    """SP of L2-norm maps [B,H,W], from the first radius at which their detail correlates under 0.5: [B]."""
-    detail = standardise(norm - F.avg_pool2d(norm, 3, stride=1, padding=1))  # zero padding counted
-    largest = max(1, math.floor(0.6 * min(detail.shape[1:])))
+    """SP of an L2-norm map [H, W]: how soon its detail stops resembling itself when shifted.
+
+        SP = 1 / (1 + r / 64)    r: first radius, in map pixels, at which Pearson's correlation of
+                                 the map's detail with itself, over 8 directions, is below 0.5
+
+    On real maps r is nearly always 1.
+    """
+    blurred = F.avg_pool2d(norm[None], 3, stride=1, padding=1)[0]  # its zero padding counts
+    detail = standardise(norm - blurred)
+    height, width = detail.shape
+    largest = max(1, math.floor(0.6 * min(height, width)))
+    # Up to 16 radii at equal ratios; rounding makes some of them equal.
     radii = np.unique(np.geomspace(1, largest, RADII).round().astype(int)).tolist()
-    found = torch.zeros(len(detail), device=detail.device)  # [B], 0 while it is searched for
     for r in radii:
-        # Swapping the two sides turns an offset into its opposite: four offsets stand for all eight.
-        lower, upper = detail[:, r:], detail[:, :-r]
-        pairs = [(lower, upper), (detail[:, :, r:], detail[:, :, :-r])]
-        pairs += [(lower[:, :, r:], upper[:, :, :-r]), (lower[:, :, :-r], upper[:, :, r:])]
-        products = [(standardise(a) * standardise(b)).sum((1, 2)) / (a[0].numel() - 1) for a, b in pairs]
-        similarity = torch.stack(products).mean(0)  # [B], of Pearson's r
-        found = torch.where((found == 0) & (similarity < SP_THRESHOLD), float(r), found)
-        if found.all():
+        similarities = []
+        # The correlation with the opposite shift is the same, so four directions do for eight.
+        for dy, dx in ((r, 0), (0, r), (r, r), (r, -r)):
+            left, right = max(0, -dx), max(0, dx)
+            here = detail[dy:, right : width - left]
+            there = detail[: height - dy, left : width - right]
+            products = standardise(here) * standardise(there)
+            similarities.append(products.sum() / (here.numel() - 1))
+        if torch.stack(similarities).mean() < SIMILARITY_THRESHOLD:
             break
-    return 1 / (1 + torch.where(found > 0, found, float(radii[-1])) / SP_SCALE)
+    return 1 / (1 + r / SP_SCALE)
 
 
-# ------------------------------------------------------------------ edge readout (ER)
-def edge_readout(read, count, each=map):
-    """Score how well a linear readout of feature maps predicts the edges of pictures it was not fitted on (ours).
+# ------------------------------------------------------------------ linear edge probe, ER
+class EdgeProbe:
+    """Predicts the edges of images from a source's maps at one stride, by ridge regression (ours).
 
-    read(i) yields (key, samples [n,C+1]) for each map of picture i, by readout_samples; it is called twice. each: what
-    applies a function to all pictures, in order. Returns {key: ER of each picture, float64 [count], in [-1,1]}:
+        w  = (G + RIDGE * C * I)^-1 g    G [C, C]: correlations of the channels with each other,
+                                         g [C]: with the edges, means over the images of other folds
+        ER = Pearson's r of X w and the edges, for each image, in [-1, 1]
 
-        w  = (G + RIDGE * C * I)^-1 g      ridge regression; G [C,C] and g [C], the correlations of channels with each
-                                           other and with the edges, are means over the pictures of the other folds
-        ER = Pearson's r of X w and the edges
-
-    It is about 0 for a map that knows nothing of the picture but where in it a position lies, and compares maps of one
-    stride and the same pictures: more pictures raise it. Folds are FOLDS blocks of neighbouring pictures, which may be
-    frames of one film. ValueError for fewer pictures than folds.
+    It is about 0 for a map that knows nothing of the image but where in it a position lies. It
+    compares maps of one stride and of the same images: more images raise it. Folds are blocks of
+    neighbouring images, as those may be frames of one video.
     """
-    if count < FOLDS:
-        raise ValueError(f"{FOLDS} folds need as many pictures")
-    folds = [i * FOLDS // count for i in range(count)]
 
-    def correlate(i):
-        return [(key, samples.mT @ samples / len(samples)) for key, samples in read(i)]
+    def __init__(self, images):
+        self.images = images  # at least as many as there are folds
+        self.sums = [0.0] * FOLDS  # of the correlations [C+1, C+1] of each fold's images
 
-    sums = defaultdict(float)  # {(key, fold): [C+1,C+1]}
-    for fold, of_picture in zip(folds, each(correlate, range(count)), strict=True):
-        for key, matrix in of_picture:
-            sums[key, fold] += matrix
-    weights = {}
-    for key, fold in sums:
-        others = sum(sums[key, other] for other in range(FOLDS) if other != fold) / (count - folds.count(fold))
-        others.diagonal().add_(RIDGE * (len(others) - 1))
-        weights[key, fold] = torch.linalg.solve(others[:-1, :-1], others[:-1, -1])  # [C]
+    def fold(self, index):
+        return index * FOLDS // self.images
 
-    def score(i):  # of what has mean 0, the cosine is Pearson's r
-        pairs = ((key, s[:, :-1] @ weights[key, folds[i]], s[:, -1]) for key, s in read(i))
-        return {key: F.cosine_similarity(predicted, edges, dim=0).item() for key, predicted, edges in pairs}
+    def add(self, index, correlation):
+        """Count image `index`, by the correlations of its probe_samples [C+1, C+1]."""
+        self.sums[self.fold(index)] = self.sums[self.fold(index)] + correlation
 
-    scores = list(each(score, range(count)))
-    return {key: np.array([of_picture[key] for of_picture in scores]) for key in scores[0]}
+    def fit(self):
+        """Solve the regression for each fold, from all the others."""
+        self.weights = []
+        folds = [self.fold(index) for index in range(self.images)]
+        for fold in range(FOLDS):
+            others = sum(self.sums[:fold] + self.sums[fold + 1 :])
+            others = others / (self.images - folds.count(fold))
+            channels = len(others) - 1
+            gram = others[:-1, :-1] + RIDGE * channels * torch.eye(channels, device=others.device)
+            self.weights.append(torch.linalg.solve(gram, others[:-1, -1]))  # [C]
+
+    def score(self, index, samples):
+        """ER of image `index`, from its probe_samples [n, C+1]."""
+        predicted = samples[:, :-1] @ self.weights[self.fold(index)]
+        # Of two columns with mean 0, the cosine is Pearson's r.
+        return F.cosine_similarity(predicted, samples[:, -1], dim=0).item()
 
 
-def readout_samples(features, edges, seed=0):
-    """A map [1,C,H,W] and the picture's edges [1,H,W] as [n,C+1], the edges last, at READOUT_POSITIONS at most.
+def probe_samples(features, edges, seed=0):
+    """A map [C, H, W] and the image's edges [H, W] at some positions: [n, C+1], the edges last.
 
-    Each column has mean 0 and std 1, and is what position does not explain: pictures of one kind share a layout, and
-    to know that a street lies below and the sky above is not to see edges. 0 for degenerate maps and those too small.
+    Position is regressed out of each column: images of one kind share a layout, and to know that a
+    street lies below and the sky above is not to see edges. Columns have mean 0 and standard
+    deviation 1. They are 0 for a degenerate map, and for one that is too small.
     """
-    chosen, waves = positions(*edges.shape[1:], seed, edges.device)
-    points, _ = without_degenerate(features.flatten(2).index_select(2, chosen)[:, :, None])  # [1,C,1,n]
-    columns = channels_standardised(torch.cat([points, edges.flatten(1)[:, None, None, chosen]], 1))[0]
+    sample, waves = probe_positions(*edges.shape, seed, edges.device)
+    points = features.flatten(1).index_select(1, sample)  # [C, n]
+    if is_degenerate(points[:, None]):
+        points = torch.zeros_like(points)
+    columns = torch.cat([points, edges.flatten()[None, sample]])  # [C+1, n]
+    columns = standardised_positions(columns[:, None])  # [n, C+1]
     if len(columns) <= 2 * WAVES**2:
         return torch.zeros_like(columns)
-    columns = columns - waves @ (waves.mT @ columns)
-    left = torch.linalg.vector_norm(columns, dim=0) / len(columns) ** 0.5  # std, of 1
-    return torch.where(left > 1e-3, columns / left, 0)  # where position explains all, what is left is rounding
+    columns = columns - waves @ (waves.T @ columns)
+    std = columns.square().mean(0).sqrt()
+    # Where position explains all of a column, what is left is rounding.
+    return torch.where(std > 1e-3, columns / std, 0)
 
 
 @functools.lru_cache(64)  # the same for all maps of a size
-def positions(height, width, seed, device):
-    """At most READOUT_POSITIONS positions of a map, int64 [n], and cosines over them, orthonormal [n,WAVES**2]."""
-    chosen = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))[:READOUT_POSITIONS]
-    y, x = (math.pi * (torch.arange(side) + 0.5) / side for side in (height, width))
-    waves = [torch.outer((i * y).cos(), (j * x).cos()).flatten() for i in range(WAVES) for j in range(WAVES)]
-    return chosen.to(device), torch.linalg.qr(torch.stack(waves, 1)[chosen])[0].to(device)
+def probe_positions(height, width, seed, device):
+    """Positions of a map, int64 [n], and cosines over them, orthonormal [n, WAVES**2]."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(height * width, generator=generator)[:PROBE_POSITIONS]
+    y = math.pi * (torch.arange(height) + 0.5) / height
+    x = math.pi * (torch.arange(width) + 0.5) / width
+    waves = []
+    for i in range(WAVES):
+        for j in range(WAVES):
+            waves.append(torch.outer((i * y).cos(), (j * x).cos()).flatten()[sample])
+    orthonormal = torch.linalg.qr(torch.stack(waves, 1)).Q
+    return sample.to(device), orthonormal.to(device)
 
 
-# ------------------------------------------------------------------ controls and summary
+# ------------------------------------------------------------------ scores of a run's images
+def control_map(control, image, stride, seed):
+    """A map that needs no encoder: [64, H/stride, W/stride] of noise, or [3, ...] of the image."""
+    height = image.shape[1] // stride
+    width = image.shape[2] // stride
+    if control == "noise":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(64, height, width, generator=generator).to(image.device)
+    if control == "shifted":
+        image = image.roll((image.shape[1] // 3, image.shape[2] // 3), dims=(1, 2))
+    return F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
 def control_seed(seed, name, stride):
-    """Noise is another for each picture and stride, and the same in every run."""
+    """Noise differs from image to image and from stride to stride, and is the same in every run."""
     return zlib.crc32(f"{seed} {name} {stride}".encode())
 
 
-def control(source, image, stride, seed):
-    """A map that needs no encoder, from image [1,3,H,W]: [1,64,H/stride,W/stride] of noise, or [1,3,...]."""
-    height, width = image.shape[2] // stride, image.shape[3] // stride
-    if source == "noise":
-        return torch.randn(1, 64, height, width, generator=torch.Generator().manual_seed(seed)).to(image.device)
-    if source == "shifted":
-        image = image.roll((image.shape[2] // 3, image.shape[3] // 3), dims=(2, 3))
-    return F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
+def read_image_and_maps(settings, run_config, name):
+    """An image of the run [3, H, W] and the maps of all sources, encoders first.
 
-
-def summarise(values, sources, seed):
-    """Means over images with 95 % bootstrap intervals, from values [image, source, stride, score].
-
-    Returns {source: {"4": {"SC": {"mean", "low", "high"}, ...}}}. ER's interval is that of the pictures scored, with
-    the readout as it was fitted.
+    The maps are {(source, stride): [C, H/stride, W/stride]}.
     """
-    means = np.tensordot(run.bootstrap(len(values), seed), values, axes=1)  # [resample, source, stride, score]
-    low, high = np.percentile(means[1:], [2.5, 97.5], axis=0)
-    summary = {source: {str(stride): {} for stride in STRIDES} for source in sources}
-    for i, j, k in np.ndindex(low.shape):
-        numbers = {"mean": means[0, i, j, k], "low": low[i, j, k], "high": high[i, j, k]}
-        summary[sources[i]][str(STRIDES[j])][SCORES[k]] = numbers
+    image = read_run_image(run_config, name).to(settings.device)
+    maps = {}
+    for encoder in run_config["encoders"]:
+        native = {}
+        for stride, features in run.read_features(settings.run, encoder, name).items():
+            native[stride] = features[None].to(settings.device).float()
+        for stride, level in pyramid(native, image.shape[1:]).items():
+            maps[encoder, stride] = level[0]
+    for control in CONTROLS:
+        for stride in STRIDES:
+            seed = control_seed(settings.seed, name, stride)
+            maps[control, stride] = control_map(control, image, stride, seed)
+    return image, maps
+
+
+def score_image(settings, run_config, name):
+    """SC and EF of all maps of an image, and the correlations for the edge probe.
+
+    Returns {(source, stride): {score: float}} and {(source, stride): [C+1, C+1]}.
+    """
+    image, maps = read_image_and_maps(settings, run_config, name)
+    scores = {}
+    correlations = {}
+    for key, features in maps.items():
+        coherence = structural_coherence(features, settings.seed)
+        fidelity = edge_fidelity(features, image)
+        scores[key] = {**coherence, **fidelity, "ER": math.nan}
+        samples = probe_samples(features, image_edges(image, features.shape[1:]), settings.seed)
+        correlations[key] = samples.T @ samples / len(samples)
+    return scores, correlations
+
+
+def probe_image(settings, run_config, name, index, probes):
+    """ER of all maps of an image: {(source, stride): float}."""
+    image, maps = read_image_and_maps(settings, run_config, name)
+    scores = {}
+    for key, features in maps.items():
+        samples = probe_samples(features, image_edges(image, features.shape[1:]), settings.seed)
+        scores[key] = probes[key].score(index, samples)
+    return scores
+
+
+def score_images(settings, run_config, names):
+    """All scores of all images: for each image {(source, stride): {score: float}}.
+
+    The images are read twice, as the edge probe must be fitted before it can score.
+    """
+    table = []
+    probes = {}
+    # Image by image, as their sizes may differ. The tensors are too small for several cores to
+    # share, so each worker has an image and a core to itself.
+    with ThreadPoolExecutor(settings.workers) as pool:
+        scored = pool.map(functools.partial(score_image, settings, run_config), names)
+        for index, (scores, correlations) in enumerate(tqdm(scored, "metrics", len(names))):
+            table.append(scores)
+            for key, correlation in correlations.items():
+                probes.setdefault(key, EdgeProbe(len(names))).add(index, correlation)
+        if len(names) < FOLDS:
+            print(f"WARNING: the edge probe needs {FOLDS} images, there are {len(names)}: no ER")
+            return table
+        for probe in probes.values():
+            probe.fit()
+
+        def probe(index):
+            return probe_image(settings, run_config, names[index], index, probes)
+
+        probed = pool.map(probe, range(len(names)))
+        for scores, er_of in zip(table, tqdm(probed, "edge probe", len(names)), strict=True):
+            for key, er in er_of.items():
+                scores[key]["ER"] = er
+    return table
+
+
+# ------------------------------------------------------------------ means and figures
+def summarise(table, sources, seed):
+    """Means over images with 95 % bootstrap intervals.
+
+    Returns {source: {"4": {"SC": {"mean", "low", "high"}, ...}}}. The interval of ER is over the
+    images scored: the regression is not fitted again.
+    """
+    weights = run.bootstrap_weights(len(table), seed)  # [1 + resamples, images]
+    summary = {}
+    for source in sources:
+        summary[source] = {}
+        for stride in STRIDES:
+            rows = [[scores[source, stride][name] for name in SCORES] for scores in table]
+            means = weights @ np.array(rows)  # [1 + resamples, scores]
+            low, high = np.percentile(means[1:], [2.5, 97.5], axis=0)
+            summary[source][str(stride)] = {}
+            for i, name in enumerate(SCORES):
+                numbers = {"mean": means[0, i], "low": low[i], "high": high[i]}
+                summary[source][str(stride)][name] = numbers
     return summary
 
 
-def print_profiles(metrics):
-    """A row for each source and score, a column for each stride, controls last."""
+def count_degenerate(table, encoders):
+    """How many images have a degenerate map: {encoder: {"4": count, ...}}."""
+    counts = {}
+    for encoder in encoders:
+        counts[encoder] = {}
+        for stride in STRIDES:
+            # Only a degenerate map has an SFC of exactly 0.
+            counts[encoder][str(stride)] = sum(s[encoder, stride]["SFC"] == 0 for s in table)
+    return counts
+
+
+def write_scores(path, table, names):
+    """Write every score of every map, a row for each image, source and stride."""
+    with (
+        run.whole_file(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["image", "source", "stride", *SCORES])
+        for name, scores in zip(names, table, strict=True):
+            for (source, stride), values in scores.items():
+                numbers = [f"{values[score]:.9g}" for score in SCORES]
+                writer.writerow([name, source, stride, *numbers])
+
+
+def edge_rows(settings, run_config, names, summary):
+    """Rows for draw_edges: three images, with each encoder's edges where its mean EF peaks."""
+    rows = []
+    for name in run.evenly_spaced(names, 3):
+        image, maps = read_image_and_maps(settings, run_config, name)
+        panels = []
+        for encoder in run_config["encoders"]:
+            profile = summary[encoder]
+            stride = max(STRIDES, key=lambda s, profile=profile: profile[str(s)]["EF"]["mean"])
+            features = maps[encoder, stride]
+            if min(features.shape[1:]) < 3:
+                continue
+            edges = locate_edges(first_component(features), image)
+            shares = edge_concentration(edges)
+            words = ", ".join(f"{part} {share:.2f}" for part, share in shares.items())
+            zones = torch.where(edges.strength > 0, edges.zone, 0)
+            title = f"{encoder}, OS {stride}\n{words}"
+            panels.append(EdgePanel(title, edges.thinned.cpu(), zones.cpu()))
+        has_edges = all(panel.thinned.any() for panel in panels)
+        if len(panels) == len(run_config["encoders"]) and has_edges:
+            rows.append((image.cpu(), panels))
+        else:
+            print(f"edges.png leaves out {name}: no contrast, or a map of less than 3 pixels")
+    return rows
+
+
+def report(metrics, folder):
+    """Print a row for each source and score, controls last, and what may make scores useless."""
     rows = [["source", "score", *(f"OS {stride}" for stride in STRIDES)]]
     for source, profile in metrics["scores"].items():
         for score, digits in {"SC": 3, "EF": 1, "EF_RELEASED": 1, "ER": 3}.items():
@@ -382,223 +612,128 @@ def print_profiles(metrics):
     print(f"\n{run.table(rows)}")
     print(f"means over {metrics['images']} images; {', '.join(CONTROLS)} are controls, no encoder")
     for encoder in metrics["random_weights"]:
-        print(f"WARNING: {encoder} has RANDOM weights: its numbers say nothing about the trained one")
+        print(f"WARNING: {encoder} has RANDOM weights: its scores say nothing about a trained one")
     for encoder, counts in metrics["degenerate"].items():
         for stride, count in counts.items():
             if count:
-                print(f"WARNING: {count} maps of {encoder} at OS {stride} are constant or not finite, and score 0")
+                maps = f"{count} maps of {encoder} at OS {stride}"
+                print(f"WARNING: {maps} are constant or not finite, and score 0")
+    written = ["metrics.csv", "metrics.json", "metrics.png"]
+    if (folder / "edges.png").is_file():
+        written.append("edges.png")
+    print(f"\nwrote {', '.join(written)} in {folder}")
+    if (folder / "selection.json").is_file():
+        print("selection.json is older than these metrics: 03_select.py makes it anew")
+    print(f"next: {run.command('03_select.py', folder)}")
 
 
-# ------------------------------------------------------------------ k-means, in batches
-def distances(centres, points):
-    """Squared, of centres [B,...,D] to points [B,n,D], less the point's own square: [B,...,n]."""
-    flat = centres.flatten(1, -2)
-    squares = flat.square().sum(2, keepdim=True)
-    return torch.baddbmm(squares, flat, points.mT, alpha=-2).unflatten(1, centres.shape[1:-1])
+# ------------------------------------------------------------------ k-means and silhouette
+def kmeans(points, k, generator):
+    """Cluster points [n, D] by k-means: labels int64 [n] of the best of RESTARTS runs.
+
+    All runs take Lloyd's steps together, until the best of them has converged.
+    """
+    centres = spread_seeds(points, k, generator)  # [R, k, D]
+    threshold = LLOYD_TOLERANCE * points.var(0, correction=0).mean()
+    for _ in range(LLOYD_STEPS):
+        distance = squared_distances(centres, points)  # [R, k, n]
+        nearest = distance.amin(1, keepdim=True)  # [R, 1, n]
+        best = nearest.sum(2).argmin()  # by its inertia
+        # A minimum is found much faster than its index, and eq_() is faster than ==. Two centres
+        # on the same spot share their points and stay together.
+        member = distance.eq_(nearest)  # 1 or 0
+        size = member.sum(2, keepdim=True)  # [R, k, 1]
+        means = member @ points / size.clamp_min(1)
+        moved = torch.where(size > 0, means, centres)  # the centre of an empty cluster stays
+        movement = (moved - centres).square().sum((1, 2))  # [R]
+        centres = moved
+        if movement[best] <= threshold:
+            break
+    return squared_distances(centres[best], points).argmin(0)
 
 
 def spread_seeds(points, k, generator):
-    """Greedy k-means++ on points [B,n,D]: RESTARTS times k of them, far from each other: [B,RESTARTS,k,D].
+    """Seeds [RESTARTS, k, D] for k-means, far from each other (k-means++).
 
-    Each further seed is the best of TRIALS drawn in proportion to their squared distance to the nearest seed.
-    The first six of ten serve as six seeds.
+    Each is drawn in proportion to its squared distance to the nearest seed before it.
     """
-    n = points.shape[1]
-    draws = torch.rand(k, RESTARTS, TRIALS, generator=generator).to(points.device)
-    squares = points.square().sum(2)[:, None, None]  # [B,1,1,n]
-    seeds = [points[:, (draws[0, :, :1] * n).long()]]  # [B,RESTARTS,1,D] each
-    nearest = (distances(seeds[0], points) + squares).clamp_min(0)  # [B,RESTARTS,1,n]
-    for draw in draws[1:]:
-        cumulative = nearest[:, :, 0].cumsum(2)
-        drawn = torch.searchsorted(cumulative, draw * cumulative[:, :, -1:], right=True).clamp_max(n - 1)
-        tried = points.take_along_dim(drawn.flatten(1)[..., None], 1).unflatten(1, drawn.shape[1:])
-        closer = (distances(tried, points) + squares).clamp_min(0).minimum(nearest)  # [B,RESTARTS,TRIALS,n]
-        best = closer.sum(3, keepdim=True).argmin(2, keepdim=True)  # [B,RESTARTS,1,1]
-        nearest = closer.take_along_dim(best, 2)
-        seeds.append(tried.take_along_dim(best, 2))
-    return torch.cat(seeds, dim=2)
+    first = torch.randint(len(points), (RESTARTS, 1), generator=generator)
+    seeds = points[first.to(points.device)]  # [R, 1, D]
+    nearest = torch.tensor(torch.inf, device=points.device)
+    for _ in range(k - 1):
+        distance = squared_distances(seeds[:, -1], points)  # [R, n], to the last seed
+        nearest = torch.minimum(nearest, distance)
+        likelihood = nearest.cpu() + 1e-12  # there may be fewer points than seeds
+        drawn = torch.multinomial(likelihood, 1, generator=generator)
+        seeds = torch.cat([seeds, points[drawn.to(points.device)]], dim=1)
+    return seeds
 
 
-def kmeans(points, seeds):
-    """Cluster points [B,n,D], in random order, from seeds [B,RESTARTS,k,D]: labels int64 [B,n] of the best restart.
-
-    Restarts race over a part of the points; only the FINALISTS with the least inertia go on over all of them.
-    """
-    centres = lloyd(points[:, : max(points.shape[1] // COARSE, 512)], seeds)
-    inertia = distances(centres, points).amin(2).sum(2)  # [B,RESTARTS]
-    best = inertia.topk(FINALISTS, largest=False).indices
-    centres = lloyd(points, centres.take_along_dim(best[..., None, None], 1))
-    distance = distances(centres, points)  # [B,FINALISTS,k,n]
-    best = distance.amin(2).sum(2).argmin(1, keepdim=True)  # [B,1]
-    return distance.take_along_dim(best[..., None, None], 1)[:, 0].argmin(1)
-
-
-def lloyd(points, centres):
-    """Lloyd's steps from centres [B,R,k,D] until they rest; one at rest waits for the others."""
-    centres = centres.clone()
-    threshold = LLOYD_TOLERANCE * points.var(1, correction=0).mean(1)[:, None]  # [B,1]
-    moving = torch.ones(centres.shape[:2], dtype=torch.bool, device=points.device)
-    for _ in range(LLOYD_STEPS):
-        active = moving.any(0).nonzero()[:, 0]  # the restarts that still move on some map, A of them
-        if len(active) == 0:
-            break
-        before = centres[:, active]  # [B,A,k,D]
-        distance = distances(before, points)  # [B,A,k,n]
-        # Two centres on the same spot share their points and stay together: no need for argmin, far slower. So is a
-        # comparison that makes booleans.
-        member = distance.eq_(distance.amin(2, keepdim=True))  # 1 or 0
-        size = member.sum(3, keepdim=True)  # [B,A,k,1]
-        after = (member.flatten(1, 2) @ points).view_as(before) / size.clamp_min(1)
-        after = torch.where((size > 0) & moving[:, active, None, None], after, before)  # empty ones stay
-        centres[:, active] = after
-        moving[:, active] &= (after - before).square().sum((2, 3)) > threshold
-    return centres
+def squared_distances(centres, points):
+    """Squared distances of centres [..., D] to points [n, D]: [..., n]."""
+    flat = centres.flatten(0, -2)
+    squares = flat.square().sum(1, keepdim=True) + points.square().sum(1)
+    distances = torch.addmm(squares, flat, points.T, alpha=-2)
+    return distances.clamp_min(0).unflatten(0, centres.shape[:-1])
 
 
 def silhouette(points, labels, k):
-    """Mean silhouette [B] in [-1,1] of points [B,n,D] with labels [B,n] below k; 0 for a point alone."""
-    distance = torch.cdist(points, points)  # [B,n,n]
-    member = F.one_hot(labels, k).float()  # [B,n,k]
-    size = member.sum(1, keepdim=True)  # [B,1,k]
-    total = (member.mT @ distance).mT  # [B,n,k] summed distance to each cluster; twice as fast as distance @ member
-    own_size = (size * member).sum(2)  # [B,n]
-    inside = (total * member).sum(2) / (own_size - 1).clamp_min(1)
-    others = (total / size.clamp_min(1)).masked_fill((size == 0) | (member > 0), torch.inf)
-    outside = others.amin(2)
+    """Mean silhouette, in [-1, 1], of points [n, D] with labels [n] below k (Rousseeuw 1987).
+
+        s = (b - a) / max(a, b)    a: mean distance to the points of the same cluster,
+                                   b: to those of the nearest other cluster
+
+    A point that is alone in its cluster has 0.
+    """
+    distance = torch.cdist(points, points)  # [n, n]
+    member = F.one_hot(labels, k).float()  # [n, k]
+    size = member.sum(0)  # [k]
+    total = (member.T @ distance).T  # [n, k], twice as fast as distance @ member
+    size_of_own = size[labels]  # [n]
+    inside = total.gather(1, labels[:, None])[:, 0] / (size_of_own - 1).clamp_min(1)
+    not_other = (member > 0) | (size == 0)
+    outside = (total / size.clamp_min(1)).masked_fill(not_other, torch.inf).amin(1)
     scores = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
-    return torch.where((own_size > 1) & outside.isfinite(), scores, 0).mean(1)
+    return torch.where((size_of_own > 1) & outside.isfinite(), scores, 0).mean().item()
 
 
 # ------------------------------------------------------------------ the stage
 def finished_run(folder):
-    """run.json of a finished extraction, and the images that can be used."""
-    found = run.read_stage(folder, "run.json", "01_extract.py")
-    again = run.command("01_extract.py", folder)
-    need("left_out" in found, f"{folder}: extraction has not ended: run `{again}` again, it goes on where it stopped")
-    return found, [name for name in found["images"] if name not in found["left_out"]]
-
-
-def read_maps(settings, found, name):
-    """An image [1,3,H,W] in [0,1], and {encoder: pyramid {stride: [1,C,H/stride,W/stride]}} of it."""
-    image, picture = read_run_picture(found, name)[None], run.fingerprint(Path(found["root"]) / name)
-    maps = {}
-    for encoder in found["encoders"]:
-        native = run.read_features(settings.run, encoder, name, picture)  # {stride: [C,h,w]}
-        native = {stride: feature[None].to(settings.device).float() for stride, feature in native.items()}
-        maps[encoder] = pyramid(native, image.shape[2:])
-    return image.to(settings.device), maps
-
-
-def read_sources(settings, found, name):
-    """The same with the controls' maps, after the encoders'."""
-    image, maps = read_maps(settings, found, name)
-    seeds = {stride: control_seed(settings.seed, name, stride) for stride in STRIDES}
-    for source in CONTROLS:
-        maps[source] = {stride: control(source, image, stride, seed) for stride, seed in seeds.items()}
-    return image, maps
-
-
-def score_image(settings, found, name):
-    """Every score of one image of the run but ER: an array [source, stride, score], encoders first."""
-    image, maps = read_sources(settings, found, name)
-    values = []
-    for levels in maps.values():
-        for stride in STRIDES:
-            prepared = prepare(levels[stride])  # once for both, as most of it is an eigendecomposition
-            scores = structural_coherence(levels[stride], settings.seed, prepared)
-            scores |= edge_fidelity(levels[stride], image, prepared)
-            values.append([scores[score].item() for score in OF_A_MAP])
-    return np.array(values).reshape(-1, len(STRIDES), len(OF_A_MAP))
-
-
-def read_out(settings, found, names, pool):
-    """ER of every image of the run: an array [image, source, stride], encoders first; NaN where they are too few."""
-
-    def read(i):
-        image, maps = read_sources(settings, found, names[i])
-        edges = {stride: picture_edges(image, features.shape[2:]) for stride, features in maps["image"].items()}
-        for source, levels in maps.items():
-            for stride, features in levels.items():
-                yield (source, stride), readout_samples(features, edges[stride], settings.seed)
-
-    if len(names) < FOLDS:
-        print(f"WARNING: the edge readout, ER, needs {FOLDS} images or more, {settings.run} has {len(names)}: left out")
-        return np.full((len(names), len(found["encoders"]) + len(CONTROLS), len(STRIDES)), np.nan)
-    scores = edge_readout(read, len(names), lambda do, images: tqdm(pool.map(do, images), "edge readout", len(names)))
-    return np.stack(list(scores.values()), 1).reshape(len(names), -1, len(STRIDES))
-
-
-def write_scores(path, values, sources, names):
-    """Every component of every map, a row for each image, source and stride."""
-    with run.whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "source", "stride", *SCORES])
-        for i, j, k in np.ndindex(values.shape[:3]):
-            table.writerow([names[i], sources[j], STRIDES[k], *(f"{value:.9g}" for value in values[i, j, k])])
-
-
-def edges_at_peaks(settings, found, names, values):
-    """Rows for draw_edges: three pictures, each encoder's edges at the stride where its mean EF peaks."""
-    peaks = values[..., SCORES.index("EF")].mean(0).argmax(1)  # [source], the encoders first
-    rows = []
-    for i in run.evenly_spaced(range(len(names)), 3):
-        image, maps = read_maps(settings, found, names[i])
-        drawings = []
-        # peaks and values go on with the controls, maps end with the encoders
-        for (encoder, levels), peak, scores in zip(maps.items(), peaks, values[i], strict=False):
-            stride, features = STRIDES[peak], levels[STRIDES[peak]]
-            if min(features.shape[2:]) < 3:
-                break
-            centreline, core, near = edge_zones(image, features.shape[2:])  # bool [1,h-2,w-2]
-            strength, where = strongest(gradient(prepare(features)[3])[:, 1:-1, 1:-1])  # [1,n]
-            zones = torch.where(core, 1, torch.where(near, 2, 3)).flatten(1)
-            edges = torch.zeros_like(zones).scatter(1, where, zones.gather(1, where) * (strength > 0))
-            ec, nc, far = scores[peak, SCORES.index("EC") :][:3]
-            title = f"{encoder}, OS {stride}\nEC {ec:.2f}, NC {nc:.2f}, FAR {far:.2f}"
-            drawings.append((title, centreline[0].cpu(), edges.view_as(core)[0].cpu()))
-        if len(drawings) == len(maps) and all(centreline.any() for _, centreline, _ in drawings):
-            rows.append((image[0].cpu(), drawings))
-        else:
-            print(f"edges.png leaves out {names[i]}: no contrast, or a map under 3 pixels high or wide")
-    return rows
+    """Read run.json of a finished extraction, and list the images that can be used."""
+    run_config = run.read_stage(folder, "run.json", "01_extract.py")
+    again = "start 01_extract.py again with the flags it had, it goes on where it stopped"
+    require("left_out" in run_config, f"the extraction into {folder} has not ended: {again}")
+    return run_config, [n for n in run_config["images"] if n not in run_config["left_out"]]
 
 
 def main():
     settings = run.parse(__doc__, Settings)
     folder = settings.run
-    found, names = finished_run(folder)
-    settings.seed = found["seed"] if settings.seed is None else settings.seed
-    sources = [*found["encoders"], *CONTROLS]
+    run_config, names = finished_run(folder)
+    if settings.seed is None:
+        settings.seed = run_config["seed"]
+    encoders = run_config["encoders"]
 
-    # Image by image, as their sizes may differ. The tensors are too small for two cores to share, so each worker has
-    # an image and a core to itself; the numbers are the same however many workers there are.
     torch.set_num_threads(1)
-    torch.linalg.eigh(torch.eye(2, device=settings.device))  # on a GPU two threads must not make the first call
-    with ThreadPoolExecutor(settings.workers) as pool:
-        scored = pool.map(lambda name: score_image(settings, found, name), names)
-        values = np.stack(list(tqdm(scored, "metrics", len(names), unit="image")))
-        flat = (values[:, : len(found["encoders"])] == 0).all(3).sum(0)  # degenerate maps, [encoder, stride]
-        values = np.concatenate([values, read_out(settings, found, names, pool)[..., None]], axis=3)
-
-    # Write every component of every map, and what it comes to.
-    write_scores(folder / "metrics.csv", values, sources, names)
-    random_weights = [encoder for encoder in found["encoders"] if found["weights"][encoder] == "none"]
-    metrics = {"benchmark": found["benchmark"], "encoders": found["encoders"], "controls": list(CONTROLS)}
-    metrics |= {"strides": list(STRIDES), "images": len(names), "random_weights": random_weights}
-    metrics["degenerate"] = {
-        encoder: {str(stride): int(count) for stride, count in zip(STRIDES, counts, strict=True)}
-        for encoder, counts in zip(found["encoders"], flat, strict=True)
+    torch.linalg.eigh(torch.eye(2, device=settings.device))  # two threads must not load it at once
+    table = score_images(settings, run_config, names)
+    write_scores(folder / "metrics.csv", table, names)
+    metrics = {
+        "benchmark": run_config["benchmark"],
+        "encoders": encoders,
+        "controls": list(CONTROLS),
+        "strides": list(STRIDES),
+        "images": len(names),
+        "random_weights": [e for e in encoders if run_config["weights"][e] == "none"],
+        "degenerate": count_degenerate(table, encoders),
+        "scores": summarise(table, [*encoders, *CONTROLS], settings.seed),
     }
-    metrics["scores"] = summarise(values, sources, settings.seed)
     run.write_json(folder / "metrics.json", metrics)
     draw_profiles(folder / "metrics.png", metrics)
-    if rows := edges_at_peaks(settings, found, names, values):
+    rows = edge_rows(settings, run_config, names, metrics["scores"])
+    if rows:
         draw_edges(folder / "edges.png", rows)
-    print_profiles(metrics)
-    print(f"\nwrote metrics.csv, metrics.json, metrics.png{', edges.png' if rows else ''} in {folder}")
-    if (folder / "selection.json").is_file():
-        print("selection.json is older than these metrics: 03_select.py makes it anew")
-    print(f"next: {run.command('03_select.py', folder)}")
+    report(metrics, folder)
 
 
 if __name__ == "__main__":

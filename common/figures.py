@@ -1,172 +1,278 @@
-"""The pictures that the stages draw, each a function that takes what it shows and writes a PNG."""
+"""The figures that the stages draw. Each function takes what it shows and writes one PNG file.
 
-import matplotlib
+They are made without pyplot, so they need no display and leave a notebook's backend as it is.
+"""
 
-matplotlib.use("Agg")
+from typing import NamedTuple
+
 from common import run
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
-from matplotlib.colors import ListedColormap, hsv_to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-plt.rc("figure", dpi=120)
-plt.rc("figure.constrained_layout", use=True)
-plt.rc("axes", titlesize=10)
-plt.rc("axes.spines", top=False, right=False)
-plt.rc("legend", frameon=False)
-plt.rc("axes.formatter", min_exponent=3)  # 20, not 2 x 10^1
-# Okabe and Ito's colours, told apart with any colour vision; controls are grey and differ by dash.
+# Okabe and Ito's colours can be told apart with any colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-DASHES = {"noise": (0, (1, 1.5)), "image": (0, (6, 2)), "shifted": (0, (5, 1.5, 1, 1.5))}
+matplotlib.rcParams.update(
+    {
+        "figure.dpi": 120,
+        "figure.constrained_layout.use": True,
+        "axes.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.formatter.min_exponent": 3,  # A logarithmic axis says 20, not 2 x 10^1.
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),  # Called "C0", "C1", ... below.
+        "legend.frameon": False,
+    }
+)
+# Controls are grey, and their dashes tell them apart.
+DASHES = {"noise": ":", "image": "--", "shifted": "-."}
+# Zones 1, 2 and 3 are those of an EdgePanel. The last one is drawn where these are not.
+ZONES = {
+    "core: within 2 map pixels of an image edge (EC)": "#0072B2",  # blue
+    "near: further out, within 4 (NC)": "#E69F00",  # orange
+    "far (FAR)": "#CC79A7",  # pink
+    "thinned image edge": "black",
+}
 
 
-def grid(images, columns, inches, gap=0):
-    """A figure with a row of `columns` panels for each image [3, H, W], in its shape; gap: inches for titles."""
-    shapes = [image.shape[1] / image.shape[2] for image in images]
-    size = (inches * columns, inches * sum(shapes) + gap * len(images) + 0.8)
-    bare = {"xticks": [], "yticks": [], "frame_on": False}
-    return plt.subplots(len(images), columns, figsize=size, height_ratios=shapes, squeeze=False, subplot_kw=bare)
+class EdgePanel(NamedTuple):
+    """The edges of one feature map, for draw_edges."""
+
+    title: str
+    thinned: torch.Tensor  # bool [h, w], the thinned image edges at the map's size
+    zones: torch.Tensor  # int [h, w], 0 where the map has no edge, 1 core, 2 near, 3 far
+
+
+class SegmentPanel(NamedTuple):
+    """The segments of one image, for draw_predictions."""
+
+    title: str
+    ids: torch.Tensor  # int [H, W], 0 void, 1 the first segment
+    labels: list[int]  # class index of each segment
+
+
+# ------------------------------------------------------------------ rows of images
+def draw_rows(rows, inches):
+    """Make a figure with a row of panels for each image.
+
+    rows: for each image {title: pixels [h, w, 3] in [0, 1]}, with the image itself as "image";
+    inches: width of a panel.
+    """
+    proportions = []
+    for row in rows:
+        height, width, _ = row["image"].shape
+        proportions.append(height / width)
+    columns = len(rows[0])
+    # Titles take some 0.3 inches a row, and the legend below 0.8.
+    figure_height = inches * sum(proportions) + 0.3 * len(rows) + 0.8
+    figure = Figure(figsize=(inches * columns, figure_height))
+    axes = figure.subplots(len(rows), columns, height_ratios=proportions, squeeze=False)
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis, (title, pixels) in zip(row_axes, row.items(), strict=True):
+            # The pixels of a small map stay visible. An image has more than its panel can show.
+            interpolation = "auto"
+            if pixels.size < row["image"].size:
+                interpolation = "nearest"
+            axis.imshow(pixels, interpolation=interpolation)
+            axis.axis("off")
+            axis.set_title(title)
+    return figure
+
+
+def pixels_of(image):
+    """Return an image [3, H, W] as the array [H, W, 3] that matplotlib shows."""
+    return image.permute(1, 2, 0).numpy()
 
 
 def save(figure, path):
+    """Write a figure as PNG."""
     with run.whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
-    plt.close(figure)
 
 
 def draw_features(path, images, maps):
-    """Rows of pictures, columns of encoders and native strides; a map's first three principal components as RGB.
+    """Draw a row for each image and a column for each encoder and native stride.
 
-    images: float [3, H, W] in [0, 1]; maps: {encoder: for each image {native stride: [C, h, w]}}. The components are
-    those of all the pictures shown together, so within a column the same colour means the same direction.
+    A map's first three principal components are its red, green and blue. They are those of all
+    images together, so within a column the same colour means the same direction.
+
+    images: float [3, H, W] in [0, 1]; maps: {encoder: for each image {native stride: [C, h, w]}}.
     """
-    columns = [(encoder, stride) for encoder, pictures in maps.items() for stride in pictures[0]]
-    figure, axes = grid(images, 1 + len(columns), 2.2)
-    for axis, image in zip(axes[:, 0], images, strict=True):
-        axis.imshow(image.permute(1, 2, 0).numpy())
-    axes[0, 0].set_title("picture")
-    figure.supxlabel("colours: the first three principal components of a column's maps", fontsize="medium")
-    for column, (encoder, stride) in enumerate(columns, 1):
-        coloured = principal_colours([picture[stride].float() for picture in maps[encoder]])
-        for axis, colours in zip(axes[:, column], coloured, strict=True):
-            axis.imshow(colours, interpolation="nearest")
-        axes[0, column].set_title(f"{encoder}\nstride {stride}")
+    rows = [{"image": pixels_of(image)} for image in images]
+    for encoder, maps_of_images in maps.items():
+        for stride in maps_of_images[0]:
+            features = [native_maps[stride] for native_maps in maps_of_images]
+            for row, colours in zip(rows, principal_colours(features), strict=True):
+                row[f"{encoder}\nstride {stride}"] = colours
+    figure = draw_rows(rows, inches=2.2)
+    figure.supxlabel("colours: a column's first three principal components", fontsize=10)
     save(figure, path)
 
 
 def principal_colours(maps):
-    """[C, h, w] each -> [h, w, 3] in [0, 1]: three principal components, 2nd to 98th percentile stretched."""
-    flat = torch.cat([m.flatten(1) for m in maps], dim=1).T  # [positions of all maps, C]
-    flat = torch.nan_to_num(flat - flat.mean(dim=0)).double()
-    parts = (flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)).numpy()  # [positions, 3]
-    low, high = np.percentile(parts, [2, 98], axis=0)
-    colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
-    pieces = np.split(colours, np.cumsum([m[0].numel() for m in maps])[:-1])
-    return [piece.reshape(*m.shape[1:], 3) for piece, m in zip(pieces, maps, strict=True)]
+    """Return an array [h, w, 3] in [0, 1] for each map [C, h, w]: three principal components."""
+    features = torch.cat([feature.flatten(1) for feature in maps], dim=1).T.float()
+    # Infinity becomes the largest float32, whose square a float64 can hold.
+    centred = torch.nan_to_num(features - features.mean(dim=0)).double()  # [positions, C]
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # [C, C], the principal one last
+    components = (centred @ directions[:, -3:].flip(1)).numpy()  # [positions, 3]
+
+    # Without these percentiles a few extreme positions would leave all others nearly grey.
+    low, high = np.percentile(components, [2, 98], axis=0)
+    colours = np.clip((components - low) / (high - low + 1e-12), 0, 1)
+
+    coloured = []
+    for feature in maps:
+        height, width = feature.shape[1:]
+        of_map, colours = np.split(colours, [height * width])
+        coloured.append(of_map.reshape(height, width, 3))
+    return coloured
 
 
 def draw_edges(path, rows):
-    """Rows of pictures: the image with its edges' centreline, then each encoder's edges by the zone they lie in.
+    """Draw a row for each image: its thinned edges, then each encoder's edges by their zone.
 
-    rows: [(image [3, H, W] in [0, 1], [(title, centreline bool [h, w], edges int [h, w])])], edges 0 for none, 1 core,
-    2 near and 3 far; all without the border of one pixel that has no gradient.
+    rows: [(image float [3, H, W] in [0, 1], [EdgePanel])]. The panels may have different sizes.
+    They lack the image's border of one map pixel, where there is no gradient.
     """
-    zones = {  # what 02_metrics.py counts as such
-        "within 2 map pixels of the centreline (EC)": COLOURS[0],
-        "further out within 4 (NC)": COLOURS[4],
-        "far (FAR)": COLOURS[3],
-        "centreline, no edge there": "black",
-    }
-    figure, axes = grid([image for image, _ in rows], 1 + len(rows[0][1]), 3.4, gap=0.5)
-    colours = {"cmap": ListedColormap(list(zones.values())), "vmin": 1, "vmax": 4, "interpolation": "nearest"}
-    for (image, drawings), line in zip(rows, axes, strict=True):
-        whole = (0, image.shape[2], 0, image.shape[1])  # maps of any size over the whole panel
-        finest = max((centreline for _, centreline, _ in drawings), key=torch.numel)
-        panels = [("picture, centreline of its edges", finest, torch.zeros_like(finest)), *drawings]
-        for axis, (title, centreline, edges) in zip(line, panels, strict=True):
-            zone = torch.where(centreline & (edges == 0), 4, edges).numpy()
-            axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.4, extent=whole)
-            axis.imshow(np.ma.masked_equal(zone, 0), extent=whole, **colours)
-            axis.set_title(title)
-    patches = [Patch(color=colour, label=zone) for zone, colour in zones.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4)
+    drawn = []
+    for image, panels in rows:
+        finest = max((panel.thinned for panel in panels), key=torch.numel)
+        row = {"image": paint_zones(image, finest, torch.zeros_like(finest))}
+        for panel in panels:
+            row[panel.title] = paint_zones(image, panel.thinned, panel.zones)
+        drawn.append(row)
+    figure = draw_rows(drawn, inches=3.4)
+    patches = [Patch(color=colour, label=zone) for zone, colour in ZONES.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=2, fontsize="small")
     save(figure, path)
 
 
-def draw_profiles(path, metrics, selection=None):
-    """SC, EF and ER over stride for each source of metrics.json, 95 % intervals shaded, controls in grey.
+def paint_zones(image, thinned, zones):
+    """Return pixels [H, W, 3]: an EdgePanel's edges over the faded image [3, H, W]."""
+    zones = torch.where(thinned & (zones == 0), len(ZONES), zones).byte()  # [h, w]
+    zones = torch.nn.functional.interpolate(zones[None, None], image.shape[1:])[0, 0]  # [H, W]
+    pixels = 0.4 * pixels_of(image) + 0.6
+    for zone, colour in enumerate(ZONES.values(), start=1):
+        pixels[zones.numpy() == zone] = to_rgb(colour)
+    return pixels
 
-    With selection.json's content, master and auxiliary are named and drawn bold and s* is marked.
+
+def draw_predictions(path, rows, class_names):
+    """Draw a row for each image: the image, then over it segments in the colours of their classes.
+
+    rows: [(image uint8 [3, H, W], [SegmentPanel])].
     """
-    panels = {"SC": "Structural Coherence, SC", "EF": "Edge Fidelity, EF", "ER": "edge readout, ER"}
-    strides, selection = metrics["strides"], selection or {}
-    first, *_ = metrics["scores"].values()
-    if run.number(first[str(strides[0])].get("ER", {}).get("mean")) == "-":  # of a few pictures there is no readout
-        del panels["ER"]
-    roles = {selection.get(role): role for role in ("auxiliary", "master")}
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 4))
-    for axis, (score, title) in zip(axes, panels.items(), strict=True):
-        for i, (source, profile) in enumerate(metrics["scores"].items()):
-            mean, low, high = ([profile[str(s)][score][key] for s in strides] for key in ("mean", "low", "high"))
-            if source in metrics["controls"]:
-                axis.plot(strides, mean, color="0.45", lw=1.2, ls=DASHES[source], label=f"control: {source}")
-                continue
-            random = "random weights" if source in metrics["random_weights"] else ""
-            label = ", ".join(filter(None, [source, roles.get(source), random]))
-            colour, width = COLOURS[i % len(COLOURS)], 2.6 if source in roles else 1.6
-            axis.plot(strides, mean, "o-", color=colour, lw=width, label=label)
-            axis.fill_between(strides, low, high, color=colour, alpha=0.18, lw=0)
-        if selection:
-            axis.axvline(selection["stride"], color="0.2", lw=1, zorder=0, label="s*")
+    # Void is drawn as one more class, the last one.
+    names = [*class_names, "dark: no segment, or not counted"]
+    palette = np.vstack([class_colours(len(class_names)), np.zeros(3)])  # [classes + 1, 3]
+    drawn = []
+    seen = set()
+    for image, panels in rows:
+        pixels = pixels_of(image) / 255
+        row = {"image": pixels}
+        for panel in panels:
+            ids = panel.ids.numpy()
+            classes = np.array([len(class_names), *panel.labels])[ids]  # [H, W]
+            seen.update(np.unique(classes))
+            painted = 0.3 * pixels + 0.7 * palette[classes]
+            # White lines run between segments.
+            painted[:-1][np.diff(ids, axis=0) != 0] = 1
+            painted[:, :-1][np.diff(ids, axis=1) != 0] = 1
+            row[panel.title] = painted
+        drawn.append(row)
+    figure = draw_rows(drawn, inches=4)
+    patches = [Patch(color=palette[index], label=names[index]) for index in sorted(seen)]
+    columns = 2 * len(drawn[0])
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize="small")
+    save(figure, path)
+
+
+def class_colours(count):
+    """Return RGB colours [count, 3] in [0, 1]."""
+    # Hues follow one another by the golden ratio, so that those of neighbouring classes differ.
+    # Their ranks space them evenly. Brightness differs as well, for all eyes.
+    ranks = np.argsort(np.argsort(0.618 * np.arange(count) % 1))
+    hues = (0.6 + ranks / count) % 1
+    brightness = np.resize([0.95, 0.6, 0.8], count)
+    return hsv_to_rgb(np.column_stack([hues, np.full(count, 0.75), brightness]))
+
+
+# ------------------------------------------------------------------ curves
+def draw_profiles(path, metrics, selection=None):
+    """Draw SC, EF and ER over output stride, with 95 % intervals shaded and controls in grey.
+
+    metrics: the content of metrics.json. selection: that of selection.json, with which master and
+    auxiliary are named and drawn bold, and s* is marked if there is one.
+    """
+    selection = selection or {}
+    roles = {selection.get("auxiliary"): "auxiliary", selection.get("master"): "master"}
+    titles = {"SC": "Structural Coherence, SC", "EF": "Edge Fidelity, EF"}
+    # The linear edge probe is not fitted on few images, and then no source has an ER.
+    if np.isfinite(values_of(metrics["scores"]["noise"], "ER", "mean")).any():
+        titles["ER"] = "linear edge probe, ER"
+
+    figure = Figure(figsize=(9, 4))
+    axes = figure.subplots(1, len(titles))
+    for axis, (score, title) in zip(axes, titles.items(), strict=True):
+        for number, source in enumerate(metrics["scores"]):
+            draw_profile(axis, metrics, source, score, f"C{number}", roles.get(source))
+        if selection.get("stride"):
+            axis.axvline(str(selection["stride"]), color="0.2", linewidth=1, zorder=0, label="s*")
         axis.set(title=title, xlabel="output stride")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(strides, labels=strides)
         axis.grid(alpha=0.25)
     axes[0].set_ylim(0, 1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
 
 
+def draw_profile(axis, metrics, source, score, colour, role):
+    """Draw one score of one encoder or control over output stride."""
+    profile = metrics["scores"][source]
+    strides = list(profile)  # As they are text, they stand at equal distances.
+    mean = values_of(profile, score, "mean")
+    if source in DASHES:
+        axis.plot(strides, mean, DASHES[source], color="0.45", label=f"control: {source}")
+        return
+    label = source
+    if role:
+        label += f", {role}"
+    if source in metrics["random_weights"]:
+        label += ", random weights"
+    axis.plot(strides, mean, "o-", color=colour, linewidth=2.6 if role else 1.5, label=label)
+    low = values_of(profile, score, "low")
+    high = values_of(profile, score, "high")
+    axis.fill_between(strides, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def values_of(profile, score, key):
+    """Return the "mean", "low" or "high" of a score at each stride, NaN where JSON has null."""
+    return np.array([scores[score][key] for scores in profile.values()], dtype=float)
+
+
 def draw_loss(path, log, terms):
-    """These columns of log.csv, {name: [step]}, over its steps: each step faint, on top the mean of up to 50."""
-    figure, axis = plt.subplots(figsize=(7, 3.5))
-    steps, window = log["step"], min(50, 1 + len(log["step"]) // 4)
-    for colour, term in zip(COLOURS, terms, strict=False):
-        mean = np.convolve(log[term], np.full(window, 1 / window), "valid")
-        axis.plot(steps, log[term], color=colour, lw=0.4, alpha=0.3)
-        axis.plot(steps[window // 2 :][: len(mean)], mean, color=colour, lw=1.8, label=term)
-    axis.set(xlabel="training step", ylabel=f"loss, weighted (bold: mean of {window} steps)", yscale="log")
-    axis.legend(loc="upper right")
-    save(figure, path)
+    """Draw losses over the training step: each step faint, and on top their mean over up to 50.
 
-
-def draw_predictions(path, rows, class_names):
-    """Rows of pictures: the image, then segments coloured by class over it, each outlined; dark is what none claims.
-
-    rows: [(image uint8 [3, H, W], [(title, segment ids int [H, W] with 0 for none, class index of segment i + 1)])].
+    log: {column of log.csv: array [steps]}; terms: the columns to draw.
     """
-    columns, seen = 1 + len(rows[0][1]), set()
-    figure, axes = grid([image for image, _ in rows], columns, 4, gap=0.2)
-    # Hues a golden ratio apart, so that neighbouring classes differ; lightness differs as well, for all eyes.
-    order = np.argsort(np.argsort(0.618 * np.arange(len(class_names)) % 1)) / len(class_names)  # evenly spaced
-    hsv = [((0.6 + hue) % 1, 0.75, (0.95, 0.6, 0.8)[i % 3]) for i, hue in enumerate(order)]
-    palette = np.array([(0, 0, 0), *map(hsv_to_rgb, hsv)])  # [1 + classes, 3], 0 void
-    for (image, drawings), line in zip(rows, axes, strict=True):
-        picture = image.permute(1, 2, 0).numpy() / 255
-        line[0].imshow(picture)
-        line[0].set_title("image")
-        for axis, (title, ids, labels) in zip(line[1:], drawings, strict=True):
-            ids = ids.numpy()
-            classes = np.array([0, *(label + 1 for label in labels)])[ids]  # [H, W], 0 void
-            seen.update(np.unique(classes[classes > 0]) - 1)
-            mixed = 0.3 * picture + 0.7 * palette[classes]
-            mixed[:-1][ids[:-1] != ids[1:]] = 1  # outlines
-            mixed[:, :-1][ids[:, :-1] != ids[:, 1:]] = 1
-            axis.imshow(mixed)
-            axis.set_title(title)
-    patches = [Patch(color=palette[label + 1], label=class_names[label]) for label in sorted(seen)]
-    patches.append(Patch(color="0.15", label="dark: no segment, or not counted"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize="small")
+    steps = log["step"]
+    window = min(50, 1 + len(steps) // 4)
+    figure = Figure(figsize=(7, 3.5))
+    axis = figure.subplots()
+    for number, term in enumerate(terms):
+        # A mean stands at the middle of its window, so there is none near both ends.
+        means = np.convolve(log[term], np.full(window, 1 / window), "valid")
+        middles = steps[window // 2 :][: len(means)]
+        axis.plot(steps, log[term], color=f"C{number}", linewidth=0.4, alpha=0.3)
+        axis.plot(middles, means, color=f"C{number}", linewidth=1.8, label=term)
+    axis.set(
+        xlabel="training step",
+        ylabel=f"loss, weighted (bold: mean of {window} steps)",
+        yscale="log",
+    )
+    axis.legend(loc="upper right")
     save(figure, path)

@@ -1,11 +1,15 @@
-"""The fused model: the master's feature pyramid with the auxiliary's map at one stride, under a Mask2Former decoder.
+"""The fused model: the master's feature pyramid with the auxiliary's feature map at one output
+stride, under a Mask2Former decoder.
 
-images [B, 3, H, W] -> FusedPyramid -> maps at output strides 4, 8, 16, 32
+images [B, 3, H, W] -> FusedPyramid -> feature maps at output strides 4, 8, 16, 32
                     -> pixel decoder (deformable attention over 8-32, lateral connection from 4)
-                    -> transformer decoder -> for each query, class logits and a mask at output stride 4
+                    -> transformer decoder -> class logits and a mask at output stride 4 per query
+
+Fusion: "Metric-Guided Feature Fusion of Visual Foundation Models for Segmentation Tasks",
+arXiv 2605.16864. Decoder, its initialisation and its loss: Mask2Former, arXiv 2112.01527.
 """
 
-from common.encoders import STRIDES, level, load_encoder, nearest_stride
+from common.encoders import STRIDES, level, load_encoder
 
 import torch
 from torch import nn
@@ -14,183 +18,260 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixe
 
 FUSIONS = ("replace", "concat", "add", "none")
 LOSS_WEIGHTS = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
-PADDING = 128 / 255  # grey, as detectron2 pads pictures below and to the right
+PADDING = 128 / 255  # the grey with which detectron2 pads images below and to the right
 
 
 class FusedPyramid(nn.Module):
-    """Four maps for the decoder; master and auxiliary are encoders, the latter's map goes in at the level `stride`.
+    """Four feature maps for the decoder, at output strides 4, 8, 16 and 32.
 
-    fusion: "replace" (the method): the auxiliary's map, at its own width, in place of the master's;
-        "concat": both, side by side; "add": the master's plus the auxiliary's through a 1 x 1 convolution;
-        "none", or no auxiliary: the master alone.
-    widths: channels of a ViT master's four levels, each a 1 x 1 convolution of its one map.
-    modes: of master and auxiliary, "ft" fine-tuned or "fz" frozen, which is in eval mode and without gradients.
+    master, auxiliary: two Encoders. The auxiliary may be None if fusion is "none".
+    stride: output stride of the level that takes the auxiliary's map. None if fusion is "none".
+    fusion: "replace", the paper's method, puts the auxiliary's map in the master's place at that
+        level, with its own number of channels. "concat" puts it beside the master's map. "add" adds
+        it to the master's map after a 1 x 1 convolution. "none" leaves the auxiliary out.
+    level_channels: channels of the four levels of a ViT master. It has one map, and a 1 x 1
+        convolution makes each level from it. Other masters have a map of their own for each level.
+    modes: of the master and of the auxiliary, "finetuned" or "frozen". A frozen encoder stays in
+        eval mode and gets no gradients.
+
+    Attribute `channels`: {stride: channels of the level that forward() returns}.
     """
 
-    def __init__(self, master, auxiliary, stride, fusion, widths, modes=("ft", "fz")):
+    def __init__(self, master, auxiliary, stride, fusion, level_channels, modes):
         super().__init__()
-        self.master, self.stride = master, stride
-        self.fusion = fusion if auxiliary is not None else "none"
-        self.auxiliary = auxiliary if self.fusion != "none" else None
-        self.train_master, self.train_auxiliary = (mode == "ft" for mode in modes)
-        # the levels that the master feeds
-        self.own = [s for s in STRIDES if not (s == stride and self.fusion == "replace")]
+        self.master = master
+        self.auxiliary = auxiliary if fusion != "none" else None
+        self.stride = stride
+        self.fusion = fusion
+        self.train_master = modes[0] == "finetuned"
+        self.train_auxiliary = modes[1] == "finetuned"
+        self.master_levels = list(STRIDES)
+        if fusion == "replace":
+            self.master_levels.remove(stride)
 
-        # Stages deeper than any level needs are dropped: they would cost time, and no gradient would reach them.
-        self.master.cut(nearest_stride(master.channels, self.own[-1]))
-        self.master.requires_grad_(self.train_master)
-        if self.auxiliary:
-            self.auxiliary.cut(nearest_stride(auxiliary.channels, stride))
-            self.auxiliary.requires_grad_(self.train_auxiliary)
+        # Stages deeper than any level needs would cost time, and no gradient would reach them.
+        master.truncate(self.master_levels[-1])
+        master.requires_grad_(self.train_master)
+        if fusion != "none":
+            auxiliary.truncate(stride)
+            auxiliary.requires_grad_(self.train_auxiliary)
+            auxiliary_channels = auxiliary.channels_at(stride)
+
+        # First the channels that the master gives to each level, then what fusion makes of them.
+        master_is_vit = len(master.channels) == 1
+        if master_is_vit:
+            master_channels = dict(zip(STRIDES, level_channels, strict=True))
+        else:
+            master_channels = {s: master.channels_at(s) for s in STRIDES}
+        self.channels = dict(master_channels)
+        if fusion == "replace":
+            self.channels[stride] = auxiliary_channels
+        elif fusion == "concat":
+            self.channels[stride] += auxiliary_channels
 
         self.projections = nn.ModuleDict()
-        channels = {s: master.channels[nearest_stride(master.channels, s)] for s in STRIDES}
-        if len(master.channels) == 1:
-            channels = dict(zip(STRIDES, widths, strict=True))
-            (width,) = master.channels.values()
-            self.projections.update({str(s): nn.Conv2d(width, channels[s], 1) for s in self.own})
-        if self.auxiliary:
-            width = auxiliary.channels[nearest_stride(auxiliary.channels, stride)]
-            if self.fusion == "replace":
-                channels[stride] = width
-            elif self.fusion == "concat":
-                channels[stride] += width
-            elif self.fusion == "add":
-                self.projections["add"] = nn.Conv2d(width, channels[stride], 1)
-        self.channels = [channels[s] for s in STRIDES]
+        if master_is_vit:
+            for s in self.master_levels:
+                self.projections[str(s)] = nn.Conv2d(master.channels_at(s), master_channels[s], 1)
+        if fusion == "add":
+            self.add_projection = nn.Conv2d(auxiliary_channels, master_channels[stride], 1)
 
     def train(self, mode=True):
+        """Set training or eval mode. Frozen encoders stay in eval mode."""
         super().train(mode)
         self.master.train(mode and self.train_master)
-        if self.auxiliary:
+        if self.fusion != "none":
             self.auxiliary.train(mode and self.train_auxiliary)
         return self
 
     def forward(self, images):
-        """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32 -> maps at strides 4, 8, 16, 32."""
-        size, learn = images.shape[-2:], torch.is_grad_enabled()
-        with torch.set_grad_enabled(learn and self.train_master):
+        """Return {stride: [B, channels[stride], H/stride, W/stride]} for strides 4, 8, 16 and 32.
+
+        images: float32 [B, 3, H, W] in [0, 1], H and W multiples of 32.
+        """
+        levels = self.read_master(images)
+        if self.fusion != "none":
+            auxiliary_map = self.read_auxiliary(images)
+            levels[self.stride] = self.fuse(levels, auxiliary_map)
+        return {s: levels[s] for s in STRIDES}
+
+    def read_master(self, images):
+        """Return the levels that the master feeds, {stride: [B, C, H/stride, W/stride]}."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_master):
             native = self.master(images)
-        maps = {}
-        for s in self.own:
-            own = native
-            if str(s) in self.projections:  # a ViT: its one map is projected first, resampling fewer channels
-                own = {stride: self.projections[str(s)](feature) for stride, feature in native.items()}
-            maps[s] = level(own, size, s)  # [B, width of this level, H/s, W/s]
-        if self.auxiliary:
-            with torch.set_grad_enabled(learn and self.train_auxiliary):
-                other = level(self.auxiliary(images), size, self.stride)  # [B, C, H/stride, W/stride]
-            if self.fusion == "add":
-                other = maps[self.stride] + self.projections["add"](other)
-            elif self.fusion == "concat":
-                other = torch.cat([maps[self.stride], other], dim=1)
-            maps[self.stride] = other
-        return [maps[s] for s in STRIDES]
+        levels = {}
+        for s in self.master_levels:
+            maps = native
+            if self.projections:
+                # A ViT's only map. Resampling after the projection has fewer channels to treat.
+                projection = self.projections[str(s)]
+                maps = {stride: projection(vit_map) for stride, vit_map in native.items()}
+            levels[s] = level(maps, images.shape[-2:], s)
+        return levels
+
+    def read_auxiliary(self, images):
+        """Return the auxiliary's map at the fused level, [B, C, H/stride, W/stride]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_auxiliary):
+            native = self.auxiliary(images)
+            return level(native, images.shape[-2:], self.stride)
+
+    def fuse(self, levels, auxiliary_map):
+        """Return the fused level, [B, channels[stride], H/stride, W/stride]."""
+        if self.fusion == "replace":
+            return auxiliary_map
+        if self.fusion == "add":
+            return levels[self.stride] + self.add_projection(auxiliary_map)
+        return torch.cat([levels[self.stride], auxiliary_map], dim=1)
 
 
 class FusedModel(nn.Module):
-    """FusedPyramid under transformers' Mask2Former decoder, randomly initialised.
+    """A FusedPyramid under transformers' Mask2Former decoder, which starts from random weights.
 
-    classes: how many, no-object not counted. recipe: width of the decoder, a multiple of 32, queries, encoder_layers,
-    decoder_layers, heads and points. Each decoder layer predicts, and so do the queries before the first.
+    classes: number of classes without no-object.
+    recipe: dictionary with hidden_dim (channels of the decoder, a multiple of 32), queries,
+        pixel_decoder_layers, decoder_layers, heads, and sample_points (points of each mask at
+        which the loss is taken).
     """
 
-    def __init__(self, fused, classes, recipe):
+    def __init__(self, pyramid, classes, recipe):
         super().__init__()
-        width = recipe["width"]
+        hidden_dim = recipe["hidden_dim"]
+        # The library insists on a backbone of its own. The smallest one is built and thrown away.
+        swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_indices=[1, 2, 3, 4])
         config = Mask2FormerConfig(
-            # The library insists on a backbone of its own; the smallest it can build is made and thrown away.
-            backbone_config=SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_indices=[1, 2, 3, 4]),
+            backbone_config=swin,
             num_labels=classes,
             num_queries=recipe["queries"],
-            feature_size=width,
-            mask_feature_size=width,
-            hidden_dim=width,
-            encoder_feedforward_dim=4 * width,
-            dim_feedforward=8 * width,
-            encoder_layers=recipe["encoder_layers"],
-            decoder_layers=recipe["decoder_layers"] + 1,  # the library counts the queries' own prediction
+            feature_size=hidden_dim,
+            mask_feature_size=hidden_dim,
+            hidden_dim=hidden_dim,
+            encoder_feedforward_dim=4 * hidden_dim,
+            dim_feedforward=8 * hidden_dim,
+            encoder_layers=recipe["pixel_decoder_layers"],
+            # The library counts the prediction that the queries make before the first layer.
+            decoder_layers=recipe["decoder_layers"] + 1,
             num_attention_heads=recipe["heads"],
-            train_num_points=recipe["points"],
+            train_num_points=recipe["sample_points"],
         )
-        whole = Mask2FormerForUniversalSegmentation(config)
-        self.pyramid = fused
-        self.pixel_decoder = Mask2FormerPixelDecoder(config, fused.channels)
-        self.transformer = whole.model.transformer_module
-        self.class_predictor = whole.class_predictor
-        self.criterion = whole.criterion
-        # The library initialises no pixel decoder that it did not build (the level embedding would be whatever memory
-        # held), and the rest on a scale of its own in places.
-        self.pixel_decoder.apply(whole._init_weights)
+        library_model = Mask2FormerForUniversalSegmentation(config)
+        self.pyramid = pyramid
+        self.pixel_decoder = Mask2FormerPixelDecoder(config, list(pyramid.channels.values()))
+        self.transformer = library_model.model.transformer_module
+        self.class_predictor = library_model.class_predictor
+        self.criterion = library_model.criterion
+        # The library initialises no pixel decoder that it did not build itself. Without this call
+        # its level embedding would be uninitialised memory.
+        self.pixel_decoder.apply(library_model._init_weights)
         self.initialise()
 
     @torch.no_grad()
     def initialise(self):
-        """Draw the decoder's weights as Mask2Former's authors do: on PyTorch's own scale but for what is set here."""
-        encoder, decoder = self.pixel_decoder.encoder, self.transformer.decoder
-        given = {module for layer in encoder.layers for module in layer.self_attn.modules()}  # right in the library
-        for module in (
-            m for part in (self.pixel_decoder, self.transformer, self.class_predictor) for m in part.modules()
-        ):
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in given:
+        """Draw the decoder's weights as Mask2Former's authors do.
+
+        The library draws some of them on another scale. What is not set here has PyTorch's own.
+        """
+        # The library draws deformable attention as the authors do.
+        already_initialised = set()
+        for layer in self.pixel_decoder.encoder.layers:
+            already_initialised.update(layer.self_attn.modules())
+        parts = nn.ModuleList([self.pixel_decoder, self.transformer, self.class_predictor])
+        for module in parts.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in already_initialised:
                 module.reset_parameters()
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)  # Caffe2's Xavier, in detectron2's words
+                # This is Caffe2's Xavier initialisation, which detectron2 gives to convolutions.
+                nn.init.kaiming_uniform_(module.weight, a=1)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+        # pixel decoder
         for convolution, _ in self.pixel_decoder.input_projections:
             nn.init.xavier_uniform_(convolution.weight)
-        for layer in encoder.layers:
+        for layer in self.pixel_decoder.encoder.layers:
             nn.init.xavier_uniform_(layer.fc1.weight)
             nn.init.xavier_uniform_(layer.fc2.weight)
-        for layer in decoder.layers:
+
+        # transformer decoder
+        for layer in self.transformer.decoder.layers:
             for parameter in layer.parameters():
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
-            own = layer.self_attn
-            for projection in (own.q_proj, own.k_proj, own.v_proj):
-                projection.weight *= 0.5**0.5  # one matrix there, [3 * width, width]
-            for linear in (own.q_proj, own.k_proj, own.v_proj, own.out_proj, layer.cross_attn.out_proj):
-                nn.init.zeros_(linear.bias)
+            attention = layer.self_attn
+            # The authors' attention keeps q, k and v in one matrix [3 * hidden_dim, hidden_dim].
+            # Its fan-out is three times as large, which makes Xavier's deviation smaller.
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+                projection.weight *= 0.5**0.5
+                nn.init.zeros_(projection.bias)
+            nn.init.zeros_(attention.out_proj.bias)
+            nn.init.zeros_(layer.cross_attn.out_proj.bias)
 
     def forward(self, images):
-        """images float32 [B, 3, H, W] in [0, 1], sides multiples of 32.
+        """Return (class logits [B, Q, classes + 1], mask logits [B, Q, H/4, W/4]) for each layer.
 
-        Returns (class logits [B, Q, classes + 1], mask logits [B, Q, H/4, W/4]) of every decoder layer, the last one's
-        last; the last class is no-object.
+        images: float32 [B, 3, H, W] in [0, 1], H and W multiples of 32.
+        The list begins with what the queries predict before the first decoder layer, and ends with
+        the last layer's prediction. The last class is no-object.
         """
-        maps = [feature.float() for feature in self.pyramid(images)]
-        with torch.autocast(images.device.type, enabled=False):  # as Mask2Former's: deformable attention needs float32
+        maps = [feature.float() for feature in self.pyramid(images).values()]
+        # Deformable attention needs float32, as in Mask2Former's own code.
+        with torch.autocast(images.device.type, enabled=False):
             pixels = self.pixel_decoder(maps, return_dict=True)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
-        classes = [self.class_predictor(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states]
-        return list(zip(classes, decoded.masks_queries_logits, strict=True))
+        states = decoded.intermediate_hidden_states  # one [Q, B, hidden_dim] for each prediction
+        class_logits = [self.class_predictor(state.transpose(0, 1)) for state in states]
+        return list(zip(class_logits, decoded.masks_queries_logits, strict=True))
 
     def losses(self, outputs, masks, labels):
-        """Weighted loss terms, each summed over the decoder's layers; an image may have no segment.
+        """Return {name: loss}, each weighted by LOSS_WEIGHTS and summed over the decoder's layers.
 
-        outputs: what forward returned; masks: for each image float32 [S, H, W] of 0 and 1; labels: int64 [S].
-        Raises FloatingPointError for what is not finite: the library's matcher would hide it.
+        outputs: what forward() returned.
+        masks: one float32 [S, H, W] of 0 and 1 for each image, which may have no segment (S = 0).
+        labels: one int64 [S] of classes for each image.
+        Raises FloatingPointError if a logit or a loss is not finite.
         """
-        total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
-        largest = [torch.maximum(a.abs().amax(), b.abs().amax()) for a, b in outputs]  # NaN if there is one
+        # The library's matcher hides NaN, so the logits are looked at first. A NaN is the largest.
+        # One transfer from the GPU serves all layers.
+        largest = []
+        for class_logits, mask_logits in outputs:
+            largest.append(torch.maximum(class_logits.abs().amax(), mask_logits.abs().amax()))
         finite = torch.stack(largest).isfinite().tolist()
         if not all(finite):
-            raise FloatingPointError(f"the logits of decoder layer {finite.index(False)} are not finite")
+            raise FloatingPointError(
+                f"the logits of decoder layer {finite.index(False)} are not finite"
+            )
+
+        total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
         for class_logits, mask_logits in outputs:
             terms = self.criterion(mask_logits.float(), class_logits.float(), masks, labels)
             for name, weight in LOSS_WEIGHTS.items():
-                total[name] = total[name] + weight * terms[f"loss_{name}"]
+                total[name] += weight * terms[f"loss_{name}"]
         for name, value in total.items():
             if not value.isfinite():
                 raise FloatingPointError(f"the {name} loss is {value.item()}")
         return total
 
 
-def build_model(settings, weights):
-    """The model that a checkpoint's settings describe; weights: {encoder: as in load_encoder}, random if not named."""
-    names = [settings["master"]] + [settings["auxiliary"]] * (settings["fusion"] != "none")
-    master, *auxiliary = [load_encoder(name, weights.get(name, "none")) for name in names]
-    modes, widths = (settings["master_mode"], settings["aux_mode"]), settings["recipe"]["vit_widths"]
-    fused = FusedPyramid(master, *(auxiliary or [None]), settings["stride"], settings["fusion"], widths, modes)
-    return FusedModel(fused, len(settings["class_names"]), settings["recipe"])
+def build_model(training, weights):
+    """Build the model that a checkpoint's "training" describes.
+
+    training: dictionary with master, auxiliary, stride, fusion, master_mode, aux_mode, class_names
+        and recipe. With fusion "none", auxiliary and stride are None.
+    weights: {encoder: "pretrained", "none" or a file}. An encoder that is not named is random.
+    """
+
+    def load(name):
+        return load_encoder(name, weights.get(name, "none"))
+
+    master = load(training["master"])
+    auxiliary = None
+    if training["fusion"] != "none":
+        auxiliary = load(training["auxiliary"])
+    pyramid = FusedPyramid(
+        master,
+        auxiliary,
+        training["stride"],
+        training["fusion"],
+        training["recipe"]["level_channels"],
+        modes=(training["master_mode"], training["aux_mode"]),
+    )
+    return FusedModel(pyramid, len(training["class_names"]), training["recipe"])

@@ -1,4 +1,4 @@
-"""What all stages share: mistakes told in a line, settings as flags, whole files, and the folder of a run."""
+"""What all stages share: one-line errors, settings as flags, whole files, and the run folder."""
 
 import argparse
 import contextlib
@@ -14,7 +14,6 @@ import sys
 import traceback
 import typing
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,109 +21,155 @@ import torch
 from safetensors import safe_open
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-CORES = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's processes share the machine
-RESAMPLES = 1000  # bootstrap
+RESAMPLES = 1000  # of the bootstrap
 
 
-# ------------------------------------------------------------------ mistakes
+def count_cores():
+    """Cores for this process, at most 8. The processes of torchrun share the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, cores // processes))
+
+
+CORES = count_cores()
+
+
+# ------------------------------------------------------------------ errors
 class UserError(Exception):
-    """A mistake that its maker can mend: one line, what was wrong, where, and what to do."""
+    """A mistake that its user can mend. One line says what was wrong, where, and what to do."""
 
     def __init__(self, message):
-        # A DataLoader's worker hands its error on as text, with its stack trace in front.
+        # An error that a DataLoader's worker raised arrives as text behind its stack trace.
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
-def need(condition, message):
+def require(condition, message):
     """Raise UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def start(main):
-    """Run a stage's main(), which may return an exit code; a mistake, a full disk or Ctrl-C ends it in one line."""
+    """Run a stage's main(), which may return an exit code.
+
+    A user's mistake, a full disk, a full GPU and Ctrl-C end it in one line without a stack trace.
+    """
     try:
-        end = main()
+        exit_code = main()
     except (UserError, OSError) as error:
-        end = f"error: {error}"
+        exit_code = f"error: {error}"
     except KeyboardInterrupt:
-        print("\ninterrupted; what is written is whole, and the same command takes it up again", file=sys.stderr)
-        end = 130
+        print("\ninterrupted: start the same command again, it goes on from here", file=sys.stderr)
+        exit_code = 130
     except torch.cuda.OutOfMemoryError:
-        end = "error: the GPU's memory is full: more --accumulate, a smaller --crop, or --device cpu"
+        advice = "give more --accumulate, a smaller --crop, or --device cpu"
+        exit_code = f"error: the GPU's memory is full: {advice}"
     except Exception as error:
-        end = f"error: a helper process ended or hangs ({error}): give fewer --workers (0: none), or more memory"
-        if not str(error).startswith("DataLoader"):
+        # PyTorch has no type of its own for the error that a worker was killed.
+        if str(error).startswith("DataLoader"):
+            advice = "give fewer --workers (0 for none), or more memory"
+            exit_code = f"error: a worker process has died or hangs ({error}): {advice}"
+        else:
             traceback.print_exc()
-            end = 1
-    for helper in multiprocessing.active_children():  # after an error; they ignore what would end them in the usual way
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would report their end as another error
-        helper.kill()
-    sys.exit(end)
+            exit_code = 1
+    # After an error workers may still be alive, and they ignore Ctrl-C and SIGTERM. Without the
+    # default handler PyTorch would report their end as a second error.
+    for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        worker.kill()
+    sys.exit(exit_code)
 
 
 def loader_arguments(workers):
-    """What DataLoader takes for its helper processes.
+    """The arguments of a DataLoader that concern its worker processes."""
+    # Workers hand images over through shared memory. In a container with little of it they would
+    # wait for ever, so then there are none.
+    shared_memory = Path("/dev/shm")
+    if shared_memory.is_dir():
+        free = shutil.disk_usage(shared_memory).free / 2**20
+        all_workers = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if free < 128 * all_workers:
+            print(
+                f"WARNING: {shared_memory} has {free:.0f} MB free and a worker may need 128. This "
+                "process reads the images itself. To have workers, give the container more shared "
+                "memory (docker run --shm-size 8g)"
+            )
+            workers = 0
+    # A worker that is stuck is reported after ten minutes.
+    timeout = 600 if workers else 0
+    return {"num_workers": workers, "worker_init_fn": begin_worker, "timeout": timeout}
 
-    It would wait for ever where they lack memory to hand data on: none of them if that is likely, else 600 s at most.
-    """
-    shared, all_workers = Path("/dev/shm"), workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
-    if free < all_workers * 2**27:
-        advice = "give the container more of it (docker run --shm-size 8g), or fewer --workers"
-        print(f"WARNING: no helpers, as {shared} has {free / 2**20:.0f} MB free and one may need 128: {advice}")
-        workers = 0
-    return {"num_workers": workers, "worker_init_fn": begin_helper, "timeout": 600 if workers else 0}
 
-
-def begin_helper(worker):
-    """Give way to the parent; Ctrl-C and SIGTERM reach all processes, and the parent is to answer them."""
-    if hasattr(os, "nice"):  # Windows has none; a helper runs while one of the parent's threads waits for another
+def begin_worker(worker):
+    """Leave Ctrl-C, SIGTERM and errors to the main process, and let it compute first."""
+    if hasattr(os, "nice"):  # Windows has none
         os.nice(5)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None  # a worker's errors go to the parent; this one would report the parent's end
+    sys.excepthook = lambda *error: None
 
 
 # ------------------------------------------------------------------ settings
-def flag(default, help="", **how):
-    """A field of a stage's settings block: its default, its help, and what else argparse's add_argument takes."""
-    return dataclasses.field(default=default, metadata={"help": help, **how})
+def flag(default, help="", **argparse_options):
+    """A field of a stage's settings block: its default, its help, and options of add_argument."""
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
 
 
-def parse(description, block, changes=None):
-    """The command line as an instance of `block`, a dataclass whose fields, each made by `flag`, are the flags.
+def parse(description, settings_class, overrides=None):
+    """Read the command line into an instance of `settings_class`, a dataclass of `flag` fields.
 
-    The fields of `changes`, another such dataclass, are flags too: those that were given come back as a dictionary,
-    beside the instance.
+    The fields of `overrides`, another such dataclass, become flags too. If it is given, the result
+    is the instance and a dictionary of those of its fields that stand on the command line.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own, more = dataclasses.fields(block), dataclasses.fields(changes) if changes else ()
-    for field in own + more:
-        how = dict(field.metadata)
-        if field.type is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:  # the first type inside: int for "int | None" and for "tuple[int, ...]"
-            how.setdefault("type", (typing.get_args(field.type) or (field.type,))[0])
-        if field in own and field.default not in (None, (), False):
-            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            how["help"] = f"{how['help']} (default: {shown})".lstrip()
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
-    settings = block(**{field.name: given.pop(field.name) for field in own if field.name in given})
-    return (settings, given) if changes else settings
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(settings_class):
+        add_flag(parser, field, show_default=True)
+    if overrides:
+        for field in dataclasses.fields(overrides):
+            add_flag(parser, field, show_default=False)
+    given = vars(parser.parse_args())
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    settings = settings_class()
+    for field in dataclasses.fields(settings_class):
+        if field.name in given:
+            setattr(settings, field.name, given.pop(field.name))
+    return (settings, given) if overrides else settings
+
+
+def add_flag(parser, field, show_default):
+    """Add a dataclass field to an argparse parser. A flag that is not given leaves no trace."""
+    options = dict(field.metadata)
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif "type" not in options:
+        # The type inside: int for "int | None" and for "tuple[int, ...]"
+        inside = typing.get_args(field.type) or (field.type,)
+        options["type"] = inside[0]
+    if show_default and field.default not in (None, (), False):
+        default = field.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        options["help"] = f"{options['help']} (default: {default})".lstrip()
+    name = "--" + field.name.replace("_", "-")
+    parser.add_argument(name, default=argparse.SUPPRESS, **options)
 
 
 def natural(text):
-    """For argparse: a whole number, as seeds are."""
+    """The type of a flag that is a whole number from 0, such as a seed."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
 
 
 def positive(text):
-    """For argparse: a whole number above 0."""
+    """The type of a flag that is a whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -133,7 +178,10 @@ def positive(text):
 # ------------------------------------------------------------------ files
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a temporary path beside `path`; renamed into place on success, removed on any failure or Ctrl-C."""
+    """Yield a temporary path beside `path`.
+
+    On success it is renamed to `path`, on any failure it is removed: no file is ever half-written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -143,63 +191,80 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, content):
-    """JSON knows no NaN: a number that does not exist is written as null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+def write_text(path, text):
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, content):
+    """Write JSON. It has no NaN, so a number that does not exist is written as null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_stage(folder, file, stage):
-    """Read a JSON file that `stage` wrote into a run folder; UserError names the command that makes it."""
-    path, again = folder / file, f"run `{command(stage, folder)}`"
-    need(path.is_file(), f"{path if folder.is_dir() else f'the run folder {folder}'} is missing: {again} first")
+    """Read a JSON file that `stage` wrote into a run folder.
+
+    UserError if it is missing or damaged, naming the command that makes it.
+    """
+    path = folder / file
+    again = f"run `{command(stage, folder)}`"
+    require(folder.is_dir(), f"the run folder {folder} is missing: {again} first")
+    require(path.is_file(), f"{path} is missing: {again} first")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and {again}") from None
 
 
-def command(stage, folder, *flags: str):
-    """The shell command that runs a stage on a run folder; stage 1's is the one that made it, kept in run.json."""
-    if stage == "01_extract.py":
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((folder / "run.json").read_text())["command"]
-    where = () if folder == Path("runs/toycity") else ("--run", str(folder))
-    asked = " --encoders NAMES --benchmark NAME --data FOLDER (or --images FOLDER)"
-    asked = asked if where and stage == "01_extract.py" else ""
-    return shlex.join(["python", stage, *where, *flags]) + asked
+def command(stage, folder):
+    """The shell command that runs a stage on a run folder."""
+    return shlex.join(["python", stage, "--run", str(folder)])
 
 
-def refuse_other_settings(what, old, new, advice):
-    """Raise UserError, naming what differs, if any of the settings `new` was another one in `old`."""
-    differ = []
-    for key in (key for key in new if old.get(key) != new[key]):
-        before, now = old.get(key), new[key]
-        if isinstance(before, dict) and isinstance(now, dict):
-            before, now = ({k: d[k] for k in d if before.get(k) != now.get(k)} for d in (before, now))
-        elif isinstance(before, list) and isinstance(now, list):  # perhaps of thousands of pictures
-            before, now = [v for v in before if v not in now][:3], [v for v in now if v not in before][:3]
-        differ.append(f"{key} was {json.dumps(before)}, now {json.dumps(now)}")
-    need(not differ, f"{what} was made with other settings ({'; '.join(differ)}): {advice}")
+def refuse_other_settings(what, before, now, advice):
+    """Raise UserError if a setting in `now` was another one in `before`, naming all that differ."""
+    names = ", ".join(differing_keys(before, now))
+    require(not names, f"{what} was made with other settings ({names}): {advice}")
 
 
-def some(items, comma=", "):
-    """The first three, and how many more there are."""
-    return comma.join(map(str, items[:3])) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def differing_keys(before, now, prefix=""):
+    """Names of the keys of `now` that have another value in `before`, as "recipe.steps"."""
+    names = []
+    for key, value in now.items():
+        earlier = before.get(key)
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            names += differing_keys(earlier, value, f"{prefix}{key}.")
+        elif value != earlier:
+            names.append(prefix + key)
+    return names
+
+
+# ------------------------------------------------------------------ text for people
+def first_few(items, separator=", "):
+    """The first three items as text, and how many more there are."""
+    text = separator.join(map(str, items[:3]))
+    if len(items) > 3:
+        text += f" and {len(items) - 3} more"
+    return text
 
 
 def number(value, digits=1):
-    """For tables; "-" stands for a number that does not exist."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    """A number for a table. A dash stands for one that does not exist."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.{digits}f}"
 
 
 def table(rows):
-    """A table in Markdown whose columns line up on a screen as well; the first row is its head."""
+    """A Markdown table whose columns line up on a screen too. The first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "".join(f"| {line} |\n" for line in lines)
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
 # ------------------------------------------------------------------ what stages hand on
@@ -207,36 +272,35 @@ def feature_path(folder, encoder, image):
     return folder / "features" / encoder / f"{image}.safetensors"
 
 
-def fingerprint(path):
-    """Of a file's content."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+def read_features(folder, encoder, image):
+    """Read an image's feature maps: {native stride: float16 or float32 [C, h, w]}.
 
-
-def read_features(folder, encoder, image, picture):
-    """One image's native maps, {stride: float16 or float32 [C,h,w]}.
-
-    UserError if the file is missing, cut short, or was not made from the picture of this fingerprint.
+    UserError if the file is missing or damaged.
     """
-    path, problem = feature_path(folder, encoder, image), None
+    path = feature_path(folder, encoder, image)
+    maps = {}
     try:
         with safe_open(path, "pt") as file:
-            maps = {stride: file.get_tensor(str(stride)) for stride in sorted(map(int, file.keys()))}
-            if (file.metadata() or {}).get("picture") != picture:
-                problem = f"of another picture than {image} is now"
-    except Exception as error:  # safetensors raises its own types, OSError and ValueError alike
-        problem = f"damaged ({error})" if path.is_file() else "missing"
-    need(not problem, f"feature file {path} is {problem}: run `{command('01_extract.py', folder)}` again")
+            for stride in sorted(file.keys(), key=int):
+                maps[int(stride)] = file.get_tensor(stride)
+    except Exception as error:  # safetensors raises types of its own, OSError and ValueError
+        advice = "start 01_extract.py again with the flags it had"
+        raise UserError(f"the feature file {path} cannot be read ({error}): {advice}") from None
     return maps
 
 
 def evenly_spaced(items, count):
-    """At most `count` of a sequence's items, from the first on."""
+    """At most `count` items of a sequence, evenly spaced from the first one on."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def read_checkpoint(path):
-    """What torch.save wrote, tensors and plain types alone; torch itself does not look at the file's checksums."""
+    """Read a file that torch.save wrote: tensors and plain types only.
+
+    ValueError or another exception if it is damaged. torch itself does not compare the checksums
+    in the file.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
@@ -244,8 +308,11 @@ def read_checkpoint(path):
     return torch.load(path, "cpu", weights_only=True)
 
 
-def bootstrap(images, seed):
-    """Weights [1 + RESAMPLES, image] under which a mean is that of a resample, drawn with replacement; the first
-    row's is plain."""
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES)
+def bootstrap_weights(images, seed):
+    """Weights [1 + RESAMPLES, images] whose rows turn values of images into means.
+
+    Row 0 is the plain mean. Each other row is the mean of a resample, drawn with replacement.
+    """
+    random = np.random.default_rng(seed)
+    draws = random.multinomial(images, np.full(images, 1 / images), RESAMPLES)
     return np.concatenate([np.ones((1, images)), draws]) / images

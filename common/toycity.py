@@ -1,8 +1,9 @@
-"""toycity, the embedded benchmark: procedural street scenes with pixel-exact labels, in Cityscapes layout.
+"""toycity, the embedded benchmark: procedural street scenes in the layout of Cityscapes.
 
-A scene is a small world in metres (X right, Y up, Z ahead along the road) seen by a pinhole camera. It is painted near
-to far, each object only where nothing nearer stands, so one of which too little would show is simply left out. Cars
-and trucks share palette, glass, wheels and surface: things are told apart by shape, not by colour.
+A scene is a small world in metres (X right, Y up, Z ahead along the road) seen by a pinhole
+camera. It is painted near to far, each object only where nothing nearer stands, so its labels are
+exact to the pixel. An object of which too little would show is left out. Cars and trucks share
+palette, glass, wheels and surface, so that shape tells them apart and colour does not.
 """
 
 import math
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 H, W = 512, 1024
 Y, X = np.arange(H, dtype=np.float32)[:, None], np.arange(W, dtype=np.float32)
-EGO, ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, PERSON, CAR, TRUCK = 1, 7, 8, 11, 17, 21, 23, 24, 26, 27
+EGO, ROAD, SIDEWALK, BUILDING, POLE = 1, 7, 8, 11, 17  # label ids of Cityscapes
+VEGETATION, SKY, PERSON, CAR, TRUCK = 21, 23, 24, 26, 27
 SPLITS = {"train": 0, "val": 1, "pretrain": 2}  # part of the random seed: no scene is in two splits
 COUNTS = {"train": 120, "val": 40}
 MIN_PIXELS = 40  # an object that would show less is left out
@@ -29,24 +31,31 @@ def colours(text):
 
 GLASS, TYRE, GREY, BARK, RED, WHITE = colours("4c5966 1e1e21 5c5f62 4e3e30 aa241e e2e0c8")
 SKIN = colours("e0b496 bc8a69 78523c 543a2c")
-WEATHER = [  # likelihood; sky above, sky at the horizon, clouds; brightness, strength of the sun, share of dark windows
+# Likelihood; colours of the sky above, of the sky at the horizon and of clouds; brightness,
+# strength of the sun, share of dark windows.
+WEATHER = [
     (0.60, *colours("608ecd c4d6e6 ebebeb"), 1.0, 1, 0.98),
     (0.25, *colours("afb6be d4d8dc ebebeb"), 0.95, 0, 0.95),
     (0.15, *colours("465a8c eba582 aaaaaa"), 0.6, 0, 0.6),
 ]
-# What makes a kind of city. Pairs are ranges in metres, but for grey values (asphalt), focal length and horizon (in
-# image heights) and centre (in widths). Patterns (wall, paving): height of a row, length of a stone, shift, joint.
+# What makes a kind of city. Pairs are ranges in metres, but for grey values (asphalt), focal length
+# and horizon (in image heights) and centre (in widths). Patterns (wall, paving): height of a row,
+# length of a stone, shift, joint.
 STREET = dict(
-    palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"), rough=0.6, leaf=8,
-    greens=colours("3e5c2c 546a32 304e34 68703a"), pole=0.17, rows=4, people=10, asphalt=(92, 118),
-    wall=(0.3, 0.7, 0.5, 0.14), green=0.25, paving=(0.9, 0.9, 0, 0.08), window=(0.25, 0.27), storey=3.0, front=(8, 20),
-    tall=(6, 17), trees=(9, 20), road=(5.2, 6.6), walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47),
-    eye=(1.35, 1.75), centre=(0.38, 0.62), pavement=1.35, bonnet=0.2,
+    palette=colours("8e4a3a aa684e c4b498 807e7c 5c626a bcbab6 5c7060 4e5a76 9e8c60 3e383a"),
+    greens=colours("3e5c2c 546a32 304e34 68703a"), rough=0.6, leaf=8, pole=0.17, rows=4, people=10,
+    asphalt=(92, 118), wall=(0.3, 0.7, 0.5, 0.14), green=0.25, paving=(0.9, 0.9, 0, 0.08),
+    window=(0.25, 0.27), storey=3.0, front=(8, 20), tall=(6, 17), trees=(9, 20), road=(5.2, 6.6),
+    walk=(3.0, 4.6), focal=(1.1, 1.35), horizon=(0.40, 0.47), eye=(1.35, 1.75), centre=(0.38, 0.62),
+    pavement=1.35, bonnet=0.2,
 )  # fmt: skip
 
 
 def noise(rng, height, width, cell, rough):
-    """Fractal noise [height, width] in [0, 1]: random grids of `cell` pixels and finer, each weaker by `rough`."""
+    """Fractal noise [height, width] in [0, 1]: random grids of `cell` pixels and finer.
+
+    Each grid is weaker than the coarser one by the factor `rough`.
+    """
     total = np.zeros((height, width), np.float32)
     for octave in range(5):
         rows, columns = 1 + (height << octave) // cell, 1 + (width << octave) // cell
@@ -76,7 +85,10 @@ def disc(x, y, rx, ry, corners=10):
 
 
 def solid(profile, half, rgb, glazed=False):
-    """A convex prism: profile [(z, y)], clockwise, swept from x = -half to half -> faces [(corners [n, 3], rgb)]."""
+    """A convex prism: profile [(z, y)], clockwise, swept from x = -half to half.
+
+    Returns its faces [(corners [n, 3], rgb)].
+    """
     left, right = (np.array([(x, y, z) for z, y in profile]) for x in (-half, half))
     faces = [(left[::-1], rgb), (right, rgb)]
     for i, (_, dy, dz) in enumerate(left - np.roll(left, 1, 0)):
@@ -85,7 +97,8 @@ def solid(profile, half, rgb, glazed=False):
         faces.append((face, [c * light for c in rgb]))
     if glazed:  # windows all round, none in roof and floor
         walls = [corners for corners, _ in faces if np.ptp(corners[:, 1]) > 0.1]
-        faces += [(wall.mean(0) + (wall - wall.mean(0)) * (0.84, 0.74, 0.84), GLASS) for wall in walls]
+        for wall in walls:
+            faces.append((wall.mean(0) + (wall - wall.mean(0)) * (0.84, 0.74, 0.84), GLASS))
     return faces
 
 
@@ -93,12 +106,15 @@ def vehicle(label, rng, palette, away):
     """Faces of a car (body and cabin) or a truck (cab and tall box), farther parts first."""
     rgb = palette[rng.integers(len(palette))]
     if label == CAR:
-        rear, front, half, roof, back = -2.15, 2.15, 0.9, rng.uniform(1.4, 1.7), rng.uniform(0.9, 2.0)
+        rear, front, half = -2.15, 2.15, 0.9
+        roof, back = rng.uniform(1.4, 1.7), rng.uniform(0.9, 2.0)
         body = solid([(rear, 0.3), (rear, 0.85), (1.1, 0.92), (2.1, 0.72), (front, 0.3)], half, rgb)
-        body += solid([(-back, 0.88), (0.3 - back, roof), (0.4, roof), (1.15, 0.9)], 0.82, rgb, glazed=True)
+        cabin = [(-back, 0.88), (0.3 - back, roof), (0.4, roof), (1.15, 0.9)]
+        body += solid(cabin, 0.82, rgb, glazed=True)
     else:
         rear, front, half, roof = -rng.uniform(1.6, 3.2), 2.9, 1.05, rng.uniform(2.4, 3.2)
-        box = solid([(rear, 0.4), (rear, 0.9), (1.0, 0.9), (1.0, 0.4)], half, TYRE)  # chassis: cars have as much dark
+        # The chassis is dark, as cars have as much dark.
+        box = solid([(rear, 0.4), (rear, 0.9), (1.0, 0.9), (1.0, 0.4)], half, TYRE)
         box += solid([(rear, 0.9), (rear, roof), (1.0, roof), (1.0, 0.9)], half, rgb)
         cab = solid([(1.15, 0.4), (1.15, 1.25), (2.85, 1.2), (front, 0.4)], half, rgb)
         cab += solid([(1.15, 1.25), (1.15, 2.15), (2.4, 2.15), (2.85, 1.2)], 0.97, rgb, glazed=True)
@@ -114,7 +130,10 @@ def vehicle(label, rng, palette, away):
 
 def upright(parts, size=1.0):
     """Polygons [(corners (x, y), rgb)] that face the camera, as faces."""
-    return [(np.array([(x * size, y * size, 0) for x, y in corners]), rgb) for corners, rgb in parts]
+    faces = []
+    for corners, rgb in parts:
+        faces.append((np.array([(x * size, y * size, 0) for x, y in corners]), rgb))
+    return faces
 
 
 def person(rng, palette):
@@ -153,15 +172,22 @@ def lamp_post(rng, r, side):
 def objects(rng, s):
     """All that stands in the street, near to far: [(Z, X, label, yaw, faces)]."""
     found = []
-    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]  # parked, oncoming, ours, parked
-    # in this row one vehicle shows its side, at times far away, and none stands beside it; the near road stays free
+    # Parked vehicles, oncoming ones, our lane, parked vehicles.
+    lanes = [1.3 - s.road, 1.2 - s.road / 2, s.road / 2 - 1.2, s.road - 1.3]
+    # In this row one vehicle shows its side, at times far away, and none stands beside it. The
+    # near road stays free.
     crossing = int(rng.integers(1, s.rows + 2))
-    slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows) if row != crossing]
+    slots = [(lane, row) for lane in range(4) for row in range(lane in (1, 2), s.rows)]
+    slots = [slot for slot in slots if slot[1] != crossing]
     labels = rng.permutation([CAR] * rng.integers(3, 7) + [TRUCK] * rng.integers(1, 4)).tolist()
-    for label, (lane, row) in zip(labels, [(1, crossing), *rng.permutation(slots).tolist()], strict=False):
+    slots = [(1, crossing), *rng.permutation(slots).tolist()]
+    for label, (lane, row) in zip(labels, slots, strict=False):
         x, z = lanes[lane] + rng.uniform(-0.2, 0.2), 8.5 + 8 * row + rng.uniform(-1, 1)
         yaw = rng.uniform(-0.06, 0.06)
-        yaw += rng.choice([-1, 1]) * rng.uniform(1.1, 1.9) if row == crossing else math.pi * (lane < 2)
+        if row == crossing:
+            yaw += rng.choice([-1, 1]) * rng.uniform(1.1, 1.9)
+        else:
+            yaw += math.pi * (lane < 2)
         found.append((z, x, label, yaw, vehicle(label, rng, s.palette, away=math.cos(yaw) > 0)))
     for _ in range(rng.integers(3, 8)):
         x = rng.choice([-1, 1]) * (s.road + rng.uniform(0.4, s.walk - 0.5))
@@ -173,7 +199,8 @@ def objects(rng, s):
         for z in np.cumsum(rng.uniform(12, 26, 4)) - 6:
             found.append((z, side * (s.road + 0.4), POLE, 0, lamp_post(rng, s.pole, side)))
         for z in np.cumsum(rng.uniform(*s.trees, 4)):
-            found.append((z, side * (s.road + s.walk * 0.8), VEGETATION, 0, tree(rng, s.greens, s.leaf)))
+            x = side * (s.road + s.walk * 0.8)
+            found.append((z, x, VEGETATION, 0, tree(rng, s.greens, s.leaf)))
     return sorted(found, key=lambda item: item[:2])
 
 
@@ -182,12 +209,17 @@ def fill(s, where, rgb, label, depth):
 
 
 def paint(s, z, x, label, yaw, faces):
-    """Paint an object where nothing nearer stands, and its shadow; only that if too little would show."""
-    turn = np.array([(math.cos(yaw), 0, -math.sin(yaw)), (0, 1, 0), (math.sin(yaw), 0, math.cos(yaw))])
+    """Paint an object where nothing nearer stands, and its shadow.
+
+    If too little of the object would show, only the shadow is painted.
+    """
+    cos, sin = math.cos(yaw), math.sin(yaw)
+    turn = np.array([(cos, 0, -sin), (0, 1, 0), (sin, 0, cos)])
     fall = np.array([(1, 0, 0), (s.dx, 0, s.dz), (0, 0, 1)])  # along the sun's rays onto the ground
     tile = Image.new("RGBA", (W, H))
     draw, draw_shadow = ImageDraw.Draw(tile), ImageDraw.Draw(s.shadow)
-    world = np.concatenate([corners for corners, _ in faces]) @ turn + (x, 0, z)  # of all faces at once: faster
+    # The corners of all faces at once are faster than those of each.
+    world = np.concatenate([corners for corners, _ in faces]) @ turn + (x, 0, z)
     ends = np.cumsum([len(corners) for corners, _ in faces])[:-1]
     outlines, shadows = (np.split(project(points, s), ends) for points in (world, world @ fall))
     for (_, rgb), seen, fallen in zip(faces, outlines, shadows, strict=True):
@@ -217,31 +249,40 @@ def paint_row(s, rng, side):
     block = np.searchsorted(starts, z, "right") - 1
     up = s.eye - (Y - s.horizon) * (z / s.focal)
     ragged = 1 + leafy[block] * (s.texture[0, (z * 40).astype(int) % 512] - 0.5)
-    where = ys, xs = np.nonzero((s.labels == 0) & (z < 100) & (up > 0) & (up < tall[block] * ragged))
+    stands = (up > 0) & (up < tall[block] * ragged)
+    where = ys, xs = np.nonzero((s.labels == 0) & (z < 100) & stands)
     block, up, z, leaves = block[xs], up[where], z[xs], leafy[block[xs]]
     fine = s.texture[(up * 45).astype(int) % 512, (z * 45).astype(int) % 512]
-    tone = np.where(leaves, 0.3 + 1.3 * fine, 0.8 + 0.4 * fine - np.minimum(3.5 / z, 0.25) * joints(s.wall, z, up))
+    stone = 0.8 + 0.4 * fine - np.minimum(3.5 / z, 0.25) * joints(s.wall, z, up)
+    tone = np.where(leaves, 0.3 + 1.3 * fine, stone)
     rgb = np.float32(tint)[block] * (tone * (0.95 - 0.12 * s.sweep * side))[:, None]
     across, floor = z / rng.uniform(2.2, 3.4, 60)[block], up / s.storey
-    frame = np.maximum(np.abs(across % 1 - 0.5) - s.window[0], np.abs(floor % 1 - 0.52) - s.window[1])  # negative: pane
+    wide, high = s.window
+    # Negative where the pane is.
+    frame = np.maximum(np.abs(across % 1 - 0.5) - wide, np.abs(floor % 1 - 0.52) - high)
     frame[leaves | (up > tall[block] - 0.5)] = 1
     rgb[frame < 0.05] = 0.4 * rgb[frame < 0.05] + 110
-    glow = rng.random((64, 64))[(floor + 7 * block).astype(int) % 64, across.astype(int) % 64][frame < 0, None]
-    rgb[frame < 0] = np.where(glow > s.dark_windows, (225, 180, 110), np.float32(GLASS) * (0.5 + 0.6 * glow))
+    glow = rng.random((64, 64))[(floor + 7 * block).astype(int) % 64, across.astype(int) % 64]
+    glow = glow[frame < 0, None]
+    glass = np.float32(GLASS) * (0.5 + 0.6 * glow)
+    rgb[frame < 0] = np.where(glow > s.dark_windows, (225, 180, 110), glass)
     fill(s, where, rgb, np.where(leaves, VEGETATION, BUILDING), z)
     return starts, tall
 
 
 def paint_ground(s, rng, starts, tall):
-    """Road and sidewalks, in the shadow of things and of the houses (starts, tall) on the sun's side."""
+    """Road and sidewalks, in the shadow of things and of the sunny side's houses (starts, tall)."""
     where = ys, xs = np.nonzero((s.labels == 0) & (s.horizon + 1 < Y))
     z = s.focal * s.eye / (np.float32(ys) - s.horizon)
     x = (np.float32(xs) - s.centre) * z / s.focal + s.x
     out, near, paved = np.abs(x), np.minimum(10 / z, 1), np.abs(x) > s.road
-    broad, fine = (s.texture[(z * step).astype(int) % 512, (x * step).astype(int) % 512] for step in (5, 30))
-    tone = 0.68 + 0.32 * broad + 0.6 * near * (fine - 0.3) - 0.2 * near * (paved & joints(s.paving, x, z))
+    broad = s.texture[(z * 5).astype(int) % 512, (x * 5).astype(int) % 512]
+    fine = s.texture[(z * 30).astype(int) % 512, (x * 30).astype(int) % 512]
+    tone = 0.68 + 0.32 * broad + 0.6 * near * (fine - 0.3)
+    tone -= 0.2 * near * (paved & joints(s.paving, x, z))
     tone[paved & (out < s.road + 0.18)] *= 1.25  # the kerb
-    greys = rng.uniform(*s.asphalt, (2, 1)) * rng.uniform(0.94, 1.06, (2, 3)) * [[1], [s.pavement]]  # road, sidewalk
+    greys = rng.uniform(*s.asphalt, (2, 1)) * rng.uniform(0.94, 1.06, (2, 3))
+    greys = greys * [[1], [s.pavement]]  # [2, 3], road and sidewalk
     rgb = np.float32(greys)[paved.astype(int)] * tone[:, None]
     dash, zebra = rng.uniform(5, 9), rng.uniform(8, 40)
     mark = (out < 0.09) & (z / dash % 1 < 0.5) | (np.abs(out - s.road + 2.5) < 0.07)
@@ -254,18 +295,22 @@ def paint_ground(s, rng, starts, tall):
 
 
 def scene(split, index, seed=0, style=STREET):
-    """-> image uint8 [512, 1024, 3], label ids uint8 [512, 1024], instance ids int32 [512, 1024] (label id for stuff
-    and void, label id * 1000 + number for things)."""
+    """Returns the image uint8 [512, 1024, 3], label ids uint8 and instance ids int32 [512, 1024].
+
+    An instance id is the label id for stuff and void, and label id * 1000 + number for things.
+    """
     rng = np.random.default_rng((seed, SPLITS[split], index))
     s = SimpleNamespace(**style)  # the scene: its style, then what is drawn
     for name in ("road", "walk", "focal", "horizon", "eye", "centre"):
         setattr(s, name, rng.uniform(*getattr(s, name)))
     s.focal, s.horizon, s.centre = H * s.focal, H * s.horizon, W * s.centre  # in pixels
     s.x = s.road / 2 - 1.2 + rng.uniform(-0.4, 0.4)  # the camera's place in its lane
-    _, high, low, white, gain, sun, s.dark_windows = WEATHER[rng.choice(3, p=[row[0] for row in WEATHER])]
+    weather = WEATHER[rng.choice(3, p=[row[0] for row in WEATHER])]
+    _, high, low, white, gain, sun, s.dark_windows = weather
     sunny_side, s.shade = int(rng.choice([-1, 1])), rng.uniform(0.45, 0.65)
     s.sweep = -sunny_side * sun  # the side to which shadows fall, 0 without sun
-    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)  # the shadow of a metre of height
+    # The shadow of a metre of height.
+    s.dx, s.dz = s.sweep * rng.uniform(0.2, 1.1), sun * rng.uniform(-0.3, 0.6)
     s.texture = noise(rng, 512, 512, 32, s.rough)
     s.grain = 0.75 + 0.5 * noise(rng, H, W, 64, s.rough)[..., None]
     s.shadow = Image.new("1", (W, H))
@@ -274,7 +319,8 @@ def scene(split, index, seed=0, style=STREET):
     s.next_id = {label: label * 1000 for label in (PERSON, CAR, TRUCK)}
     if rng.random() < s.bonnet:  # the bonnet of the car that carries the camera
         depth = Y - H + rng.uniform(30, 70) * (1 - 12 * (X / W - 0.5) ** 4)
-        bonnet = np.float32(s.palette[rng.integers(10)]) * (0.5 + 0.012 * np.minimum(depth, 50)[..., None]) * s.grain
+        light = 0.5 + 0.012 * np.minimum(depth, 50)[..., None]
+        bonnet = np.float32(s.palette[rng.integers(10)]) * light * s.grain
         fill(s, depth > 0, bonnet[depth > 0], EGO, 1)
     for item in objects(rng, s):
         paint(s, *item)
@@ -292,12 +338,15 @@ def scene(split, index, seed=0, style=STREET):
     image = (s.image * clear + low * (1 - clear)) * light * rng.uniform(0.85, 1.15)
     lens = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(0.5))
     image = np.asarray(lens, np.int16) + rng.integers(-5, 6, (H, W, 3), dtype=np.int8)
-    return np.clip(image, 0, 255).astype(np.uint8), s.labels, np.where(s.instances, s.instances, s.labels)
+    instances = np.where(s.instances, s.instances, s.labels)
+    return np.clip(image, 0, 255).astype(np.uint8), s.labels, instances
 
 
 def write(root, counts=COUNTS, style=STREET):
-    """Write counts = {split: scenes} under `root`, unless it exists. All goes to a folder beside `root` that takes its
-    name at the end: what is there is complete."""
+    """Write counts = {split: scenes} under `root`, unless it exists.
+
+    All goes to a folder beside `root` that takes its name at the end. What is there is complete.
+    """
     root = Path(root)
     if root.exists():
         return
@@ -311,12 +360,15 @@ def write(root, counts=COUNTS, style=STREET):
     def write_scene(job):
         image, labels, instances = map(Image.fromarray, scene(*job, style=style))
         stem = "{}/toycity/toycity_000000_{:06d}".format(*job)
-        image.save(partial / f"leftImg8bit/{stem}_leftImg8bit.bmp")  # read and written in a tenth of a PNG's time
+        # A BMP is read and written in a tenth of a PNG's time.
+        image.save(partial / f"leftImg8bit/{stem}_leftImg8bit.bmp")
         labels.save(partial / f"gtFine/{stem}_gtFine_labelIds.png", compress_level=1)
-        instances.convert("I;16").save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
+        instances = instances.convert("I;16")
+        instances.save(partial / f"gtFine/{stem}_gtFine_instanceIds.png", compress_level=1)
 
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
-    with scratch, ThreadPoolExecutor(2) as pool:  # NumPy and the PNG encoder let go of the interpreter's lock
+    # Two threads help, as NumPy and the PNG encoder let go of the interpreter's lock.
+    with scratch, ThreadPoolExecutor(2) as pool:
         list(tqdm(pool.map(write_scene, jobs), total=len(jobs), desc=f"drawing {root.name}"))
         try:
             partial.rename(root)
