@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import signal
 import sys
 
 from common import toycity
@@ -26,19 +27,26 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def stage(monkeypatch, capsys):
-    """Run a numbered stage as from the shell, in this process: stage("01_extract", "--run", folder) -> what it printed.
+    """Run a numbered stage as from the shell, in this process, and return what it printed.
 
-    A mistake of the user raises run.UserError, which run.start would print as one line.
+    stage("01_extract", "--run", folder) is `python 01_extract.py --run FOLDER`. A user's mistake
+    raises UserError, which run.start would print as one line.
     """
 
     def call(name: str, *words) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         capsys.readouterr()
+        # Stage 2 sets its own number of threads, and stage 4 its own handlers of signals. A
+        # process of theirs ends with the stage, whereas the tests go on.
         threads = torch.get_num_threads()
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        on_terminate = signal.getsignal(signal.SIGTERM)
         try:
             importlib.import_module(name).main()
         finally:
-            torch.set_num_threads(threads)  # stage 2 sets its own
+            torch.set_num_threads(threads)
+            signal.signal(signal.SIGINT, on_interrupt)
+            signal.signal(signal.SIGTERM, on_terminate)
         return capsys.readouterr().out
 
     return call
@@ -51,7 +59,10 @@ def seeded():
 
 
 def free_memory():
-    """Give the system back what is no longer used: glibc would keep the largest models' gigabytes to the end."""
+    """Give unused memory back to the system.
+
+    Without this, glibc would keep the gigabytes of the largest models until the tests end.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
