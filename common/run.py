@@ -235,6 +235,7 @@ def differing_keys(before, now, prefix=""):
         earlier = before.get(key)
         if isinstance(value, dict) and isinstance(earlier, dict):
             names += differing_keys(earlier, value, f"{prefix}{key}.")
+            names += [f"{prefix}{key}.{gone}" for gone in earlier if gone not in value]
         elif value != earlier:
             names.append(prefix + key)
     return names

@@ -1,28 +1,34 @@
-"""Write toycity scenes in the layout, names and bit depths of each data set, for tests of the readers.
+"""Write toycity scenes in the layout, names and bit depths of each data set, to test the readers.
 
-Each function writes a few scenes below `root`, the data set's folder, and returns what a reader must find:
-{picture's name: (image uint8 [H, W, 3], {(class name, mask as bytes) of each thing})}.
+Each function writes a few scenes below `root`, the data set's folder. It returns what a reader must
+find: {image's name: (image uint8 [H, W, 3], {(class name, mask as bytes) of each thing})}.
 """
 
 import json
 
 from common import toycity
-from common.datasets import CITYSCAPES, SYNTHIA
+from common.datasets import CITYSCAPES_CATEGORIES, SYNTHIA_IDS
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
-from test_pictures import png16
+from test_images import png16
 
-NAMES = {raw: name for raw, name, _ in CITYSCAPES}
+NAMES = {category.id: category.name for category in CITYSCAPES_CATEGORIES}
 THINGS = (24, 26, 27)
+DRIVE = "2013_05_28_drive_0000_sync"
 
 
 def scenes(count, size=(128, 256)):
-    """(image, label ids, instance ids) of toycity scenes with cars, one number a thing above 255 in each."""
+    """Yield (image, label ids, instance ids) of toycity scenes with cars.
+
+    One thing in each scene has a number above 255.
+    """
     for index in range(count):
-        image, labels, ids = (part[150:406:2, 200:712:2].copy() for part in toycity.scene("val", index))
-        labels[labels == toycity.EGO] = ids[labels == toycity.EGO] = 1
+        scene = toycity.scene("val", index)
+        image, labels, ids = (part[150:406:2, 200:712:2].copy() for part in scene)
+        labels[labels == toycity.EGO] = 1
+        ids[ids == toycity.EGO] = 1
         car = ids[ids // 1000 == 26]
         if len(car):
             ids[ids == car[0]] = 26300
@@ -36,7 +42,12 @@ def save(path, array):
 
 
 def things(ids, classes=THINGS, names=NAMES):
-    return {(names[v // 1000], (ids == v).tobytes()) for v in np.unique(ids) if v // 1000 in classes}
+    """{(class name, mask as bytes)} of each thing in a map of Cityscapes' instance ids."""
+    found = set()
+    for value in np.unique(ids):
+        if value // 1000 in classes:
+            found.add((names[value // 1000], (ids == value).tobytes()))
+    return found
 
 
 def cityscapes(root, split="val", count=2):
@@ -51,66 +62,101 @@ def cityscapes(root, split="val", count=2):
 
 
 def coco(root, split="val2017", count=2):
-    """Instances as polygons, run-length codes and crowds; panoptic PNGs; the last photograph grey and empty."""
-    categories = [{"id": raw, "name": name, "isthing": int(thing)} for raw, name, thing in CITYSCAPES]  # ids with gaps
-    images, instances, panoptic, found = [], [], [], {}
-    for i, (image, labels, ids) in enumerate([*scenes(count - 1), *scenes(1)]):
-        empty = i == count - 1
-        if empty:
-            image, labels, ids = image[..., 0], 0 * labels, 0 * ids
-        height, width = ids.shape
+    """Instances as polygons, run lengths and crowds, and panoptic PNGs. The ids have gaps.
+
+    The last image is grey and has no label.
+    """
+    images = []
+    instances = []
+    panoptic = []
+    found = {}
+    for i, (image, _, ids) in enumerate([*scenes(count - 1), *scenes(1)]):
+        if i == count - 1:
+            image = image[..., 0]
+            ids = 0 * ids
         number = 1000 + 37 * i
-        images.append({"id": number, "file_name": f"{number:012d}.jpg", "height": height, "width": width})
-        (root / split).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(root / split / f"{number:012d}.jpg", quality=95)
-        image = np.asarray(Image.open(root / split / f"{number:012d}.jpg").convert("RGB"))
-        colours, segments, expected = np.zeros((height, width, 3), np.uint8), [], set()
-        for k, value in enumerate(v for v in np.unique(ids) if (v // 1000 if v >= 1000 else v) in NAMES):
-            mask, category = ids == value, int(value // 1000 if value >= 1000 else value)
-            colour = (k + 1, 7 * k, 200)
-            colours[mask] = colour
-            identity = colour[0] + 256 * colour[1] + 65536 * colour[2]
-            crowd = int(value == ids.max())  # one thing stands in for a crowd
-            segments.append({"id": identity, "category_id": category, "iscrowd": crowd, "area": int(mask.sum())})
+        height, width = ids.shape
+        name = f"{number:012d}.jpg"
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        file = root / split / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file, quality=95)
+        colours = np.zeros((height, width, 3), np.uint8)
+        segments = []
+        expected = set()
+        labelled = [v for v in np.unique(ids) if (v // 1000 if v >= 1000 else v) in NAMES]
+        for k, value in enumerate(labelled):
+            mask = ids == value
+            category = int(value // 1000 if value >= 1000 else value)
+            iscrowd = int(value == ids.max())  # one thing stands in for a crowd
+            colours[mask] = (k + 1, 7 * k, 200)
+            segment = {"id": k + 1 + 256 * 7 * k + 65536 * 200, "category_id": category}
+            segments.append({**segment, "iscrowd": iscrowd, "area": int(mask.sum())})
             if value // 1000 not in THINGS:
                 continue
-            code = rle.encode(np.asfortranarray(mask, np.uint8))
-            rows, columns = np.nonzero(mask)
-            if crowd:  # uncompressed
-                runs = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.ravel(), [0]])))
-                counts = np.diff(np.concatenate([[0], runs, [mask.size]])).tolist()
-                shape = {"size": [height, width], "counts": counts}
-            elif k % 2:  # a polygon: the box
-                box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-                x0, y0, x1, y1 = (int(side) for side in box)
-                shape = [[x0, y0, x1, y0, x1, y1, x0, y1], [x0, y0, x0, y0]]  # and one of two corners
-                mask = np.zeros_like(mask)
-                mask[y0:y1, x0:x1] = True
+            if iscrowd:
+                segmentation = run_lengths(mask)
+            elif k % 2:
+                segmentation, mask = box(mask)
             else:
-                shape = {"size": [height, width], "counts": code["counts"].decode()}
-            annotation = {"id": len(instances) + 1, "image_id": number, "category_id": category, "segmentation": shape}
-            instances.append(annotation | {"iscrowd": crowd, "area": float(mask.sum()), "bbox": [0, 0, 1, 1]})
+                code = rle.encode(np.asfortranarray(mask, np.uint8))
+                segmentation = {"size": [height, width], "counts": code["counts"].decode()}
+            annotation = {
+                "id": len(instances) + 1,
+                "image_id": number,
+                "category_id": category,
+                "segmentation": segmentation,
+                "iscrowd": iscrowd,
+                "area": float(mask.sum()),
+                "bbox": [0, 0, 1, 1],
+            }
+            instances.append(annotation)
             expected.add((NAMES[category], mask.tobytes()))
         save(root / f"annotations/panoptic_{split}/{number:012d}.png", colours)
-        file = {"image_id": number, "file_name": f"{number:012d}.png", "segments_info": segments}
-        panoptic.append(file)
-        found[f"{split}/{number:012d}.jpg"] = image, expected
+        label_file = f"{number:012d}.png"
+        panoptic.append({"image_id": number, "file_name": label_file, "segments_info": segments})
+        found[f"{split}/{name}"] = np.asarray(Image.open(file).convert("RGB")), expected
+
+    categories = []
+    for category in CITYSCAPES_CATEGORIES:
+        categories.append({**category._asdict(), "isthing": int(category.isthing)})
     info = {"info": {"year": 2017}, "licenses": [{"id": 1, "name": "none"}], "images": images}
+    content = {**info, "annotations": panoptic, "categories": categories}
+    (root / f"annotations/panoptic_{split}.json").write_text(json.dumps(content))
     thing_categories = [category for category in categories if category["isthing"]]
-    for kind, annotations, table in (("instances", instances, thing_categories), ("panoptic", panoptic, categories)):
-        content = info | {"annotations": annotations, "categories": table}
-        (root / f"annotations/{kind}_{split}.json").write_text(json.dumps(content))
+    content = {**info, "annotations": instances, "categories": thing_categories}
+    (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
     return found
+
+
+def run_lengths(mask):
+    """A mask as COCO's uncompressed run lengths."""
+    columns = mask.T.ravel()
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], columns, [0]])))
+    counts = np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def box(mask):
+    """The bounding box of a mask: as polygons, of which one has two corners, and as a mask."""
+    rows, columns = np.nonzero(mask)
+    x0, y0 = int(columns.min()), int(rows.min())
+    x1, y1 = int(columns.max() + 1), int(rows.max() + 1)
+    filled = np.zeros_like(mask)
+    filled[y0:y1, x0:x1] = True
+    return [[x0, y0, x1, y0, x1, y1, x0, y1], [x0, y0, x0, y0]], filled
 
 
 ADE20K = ["wall", "building, edifice", "sky", "floor, flooring", "tree", "ceiling", "road, route"]
 
 
 def ade20k(root, split="validation", count=2):
-    """Labels 0 to 7 of a table of seven classes; expected are the label maps."""
+    """Labels 0 to 7 of a table of seven classes. What is expected are the label maps."""
     root.mkdir(parents=True, exist_ok=True)
-    lines = [f"{i}\t0.1576\t11664\t1172\t{name}" for i, name in enumerate(ADE20K, 1)]
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "\n".join(lines) + "\n")
+    lines = ["Idx\tRatio\tTrain\tVal\tName"]
+    for i, name in enumerate(ADE20K, 1):
+        lines.append(f"{i}\t0.1576\t11664\t1172\t{name}")
+    (root / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
     found = {}
     for i, (image, labels, _) in enumerate(scenes(count)):
         name = f"images/{split}/ADE_val_{i:08d}.jpg"
@@ -121,37 +167,49 @@ def ade20k(root, split="validation", count=2):
 
 
 def kitti360(root, split="val", count=2):
-    """All values id*1000 + n; one car is number 0, one building a garage, confidence falls to the right."""
-    drive, found, lines = "2013_05_28_drive_0000_sync", {}, []
-    names = NAMES | {34: "building"}
+    """All values are id * 1000 + n. Confidence falls to the right.
+
+    One car is number 0, and one building a garage.
+    """
+    found = {}
+    lines = []
+    names = {**NAMES, 34: "building"}
     for i, (image, labels, ids) in enumerate(scenes(count)):
         ids = np.where(ids >= 1000, ids, np.where(labels == 1, 0, labels.astype(int) * 1000))
         ids[ids == 26300] = 26000
         half = (ids == 11000) & (np.arange(ids.shape[1]) > 128)
         ids[half] = 34001
-        name = f"data_2d_raw/{drive}/image_00/data_rect/{i:010d}.png"
+        name = f"data_2d_raw/{DRIVE}/image_00/data_rect/{i:010d}.png"
         save(root / name, image)
-        labels_of = f"data_2d_semantics/train/{drive}/image_00"
+        labels_of = f"data_2d_semantics/train/{DRIVE}/image_00"
         save(root / f"{labels_of}/instance/{i:010d}.png", ids.astype(np.uint16))
-        confidence = np.tile(np.linspace(65535, 100, ids.shape[1]).astype(np.uint16), (ids.shape[0], 1))
+        row = np.linspace(65535, 100, ids.shape[1]).astype(np.uint16)
+        confidence = np.tile(row, (ids.shape[0], 1))
         save(root / f"{labels_of}/confidence/{i:010d}.png", confidence)
         lines.append(f"{name} {labels_of}/semantic/{i:010d}.png\n")
         found[name] = image, things(ids, (11, 34, *THINGS), names)
-    (root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt").write_text("".join(lines))
+    table = root / f"data_2d_semantics/train/2013_05_28_drive_{split}_frames.txt"
+    table.write_text("".join(lines))
     return found
 
 
 def urbansyn(root, split="train", count=2):
-    found, train_id = {}, {raw: i for i, (raw, _, _) in enumerate(CITYSCAPES)}
+    """One thing that the JSON names has no pixel in the image."""
+    train_id = np.full(256, 255, np.uint8)
+    for i, category in enumerate(CITYSCAPES_CATEGORIES):
+        train_id[category.id] = i
+    found = {}
     for i, (image, labels, ids) in enumerate(scenes(count)):
-        colours, entries = np.zeros((*ids.shape, 3), np.uint8), []
+        colours = np.zeros((*ids.shape, 3), np.uint8)
+        entries = [{"color": [1, 2, 3, 255], "label": "bus", "bbox": {}}]
         for k, value in enumerate(np.unique(ids)):
             colour = [40 + k, (90 * k) % 256, (50 * k) % 256]
             colours[ids == value] = colour
             if value // 1000 in THINGS:
-                entries.append({"color": [*colour, 255], "label": NAMES[value // 1000], "bbox": {}})
+                label = NAMES[value // 1000]
+                entries.append({"color": [*colour, 255], "label": label, "bbox": {}})
         save(root / f"rgb/rgb_{i:04d}.png", image)
-        save(root / f"ss/ss_{i:04d}.png", np.vectorize(lambda raw: train_id.get(raw, 255))(labels).astype(np.uint8))
+        save(root / f"ss/ss_{i:04d}.png", train_id[labels])
         save(root / f"panoptic/panoptic_{i:04d}.png", colours)
         (root / "bbox2d").mkdir(exist_ok=True)
         (root / f"bbox2d/bbox2d_{i:04d}.json").write_text(json.dumps(entries))
@@ -176,10 +234,12 @@ def synscapes(root, split="train", count=2):
 
 
 def synthia(root, split="train", count=2):
-    own = {raw: label for label, raw in reversed(SYNTHIA.items())} | {1: 0}
+    label_of = np.zeros(256, int)  # of Cityscapes' id
+    for label, raw in reversed(SYNTHIA_IDS.items()):
+        label_of[raw] = label
     found = {}
     for i, (image, labels, ids) in enumerate(scenes(count)):
-        classes = np.vectorize(lambda raw: own.get(raw, 0))(labels)
+        classes = label_of[labels]
         numbers = np.where(ids >= 1000, ids % 1000 + 500, 0)
         (root / "GT/LABELS").mkdir(parents=True, exist_ok=True)
         png16(root / f"GT/LABELS/{i:07d}.png", np.stack([classes, numbers, 0 * classes], -1))
@@ -189,6 +249,11 @@ def synthia(root, split="train", count=2):
 
 
 FOLDERS = {
-    "cityscapes": cityscapes, "coco": coco, "ADEChallengeData2016": ade20k, "KITTI-360": kitti360,
-    "urbansyn": urbansyn, "synscapes": synscapes, "synthia": synthia,
-}  # fmt: skip
+    "cityscapes": cityscapes,
+    "coco": coco,
+    "ADEChallengeData2016": ade20k,
+    "KITTI-360": kitti360,
+    "urbansyn": urbansyn,
+    "synscapes": synscapes,
+    "synthia": synthia,
+}
