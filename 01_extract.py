@@ -17,6 +17,7 @@ Writes run.json, features/<encoder>/<image>.safetensors and features.png to the 
 """
 
 import importlib.metadata
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,7 @@ def find_missing(folder, encoders, root, names):
         version = file_version(image_path) if image_path.is_file() else None
         for encoder in encoders:
             path = run.feature_path(folder, encoder, name)
-            if not path.is_file():
+            if not os.path.isfile(path):  # Path.is_file raises an error for a name that is too long
                 missing[encoder].add(name)
                 continue
             try:

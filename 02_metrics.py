@@ -380,7 +380,9 @@ class EdgeProbe:
         self.sums[self.fold(index)] = self.sums[self.fold(index)] + correlation
 
     def fit(self):
-        """Solve the regression for each fold, from all the others."""
+        """Solve the regression for each fold, from all others. ValueError for too few images."""
+        if self.images < FOLDS:
+            raise ValueError(f"{FOLDS} folds need as many images, there are {self.images}")
         self.weights = []
         folds = [self.fold(index) for index in range(self.images)]
         for fold in range(FOLDS):
@@ -588,6 +590,8 @@ def edge_rows(settings, run_config, names, summary):
             features = maps[encoder, stride]
             if min(features.shape[1:]) < 3:
                 continue
+            if is_degenerate(features):
+                features = torch.zeros_like(features)  # without edges, as its scores say
             edges = locate_edges(first_component(features), image)
             shares = edge_concentration(edges)
             words = ", ".join(f"{part} {share:.2f}" for part, share in shares.items())

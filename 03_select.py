@@ -64,12 +64,14 @@ def select(sc, edge, fixed, relative=False):
     Returns two Choices: of indices, and of each winner's lead over the second best. A lead of 0 is
     a tie, and it is infinite where there is no second.
     """
+    # The master has the highest SC, averaged over the strides.
     structure = sc.mean(1)  # [encoders]
     if fixed.auxiliary is not None:
         structure[fixed.auxiliary] = -np.inf
     master, master_lead = best(structure, fixed.master)
     if relative:
         edge = edge - edge[master]
+    # The auxiliary is the one of the others whose edge score peaks highest, and s* is that peak.
     peak = edge.max(1)  # [encoders]
     peak[master] = -np.inf
     auxiliary, auxiliary_lead = best(peak, fixed.auxiliary)
@@ -168,7 +170,8 @@ def control_warnings(metrics, selection, sc, edge):
     at_stride = f"{column} of {selection['auxiliary']} at OS {selection['stride']}"
     for control in EDGE_CONTROLS[column]:
         compare(at_stride, edge[:, :, at], auxiliary, control)
-    if column == "ER":  # else a worse feature map would replace a better one
+    if column == "ER":
+        # If the master's own map does better, a worse map would replace it.
         compare(at_stride, edge[:, :, at], auxiliary, selection["master"])
     for control in SC_CONTROLS:
         mean = f"SC of {selection['master']}, mean over strides"
@@ -286,6 +289,7 @@ def main():
     candidate_sc = sc[:, : len(encoders)]
     candidate_edge = edge[:, : len(encoders)]
     choice, leads = select(candidate_sc[0], candidate_edge[0], fixed, relative)
+    # A tie would be settled by the order of the encoders.
     for part, lead in leads._asdict().items():
         cause = "all are 0 where maps are degenerate, like an untrained ViT's"
         require(lead > 0, f"scores tie for the {part} ({cause}): choose by hand with --{part}")
@@ -302,6 +306,7 @@ def main():
         "random_weights": metrics["random_weights"],
     }
     warnings = control_warnings(metrics, selection, sc, edge)
+    # A part that is fixed, or has no second, is the same in every resample.
     for part, lead in leads._asdict().items():
         if stability[part] < CHOICE_STABILITY and np.isfinite(lead):
             share = f"only {stability[part]:.0%} of the resamples choose the same {part}"

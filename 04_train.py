@@ -441,6 +441,7 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     micro_batches = load_micro_batches(samples, recipe, training["seed"], settings, first)
     signals = collect_signals()
     log = open_log(folder, first)
+    stop = False
     bar = tqdm(
         range(first, recipe.steps), "training", recipe.steps, initial=first, disable=RANK > 0
     )
@@ -487,12 +488,13 @@ def train(model, samples, training, settings, folder, checkpoint=None):
         bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
         # -------------------------------------------------------------- save
         is_last = step + 1 == recipe.steps
-        if (step + 1) % save_every == 0 or is_last or signals:
+        stop = bool(signals) and not is_last  # read once, as a signal may come at any moment
+        if (step + 1) % save_every == 0 or is_last or stop:
             save_checkpoint(folder, model, optimiser, step + 1, training)
-        if signals and not is_last:
+        if stop:
             break
     log.close()
-    return signals[0] if signals else None
+    return signals[0] if stop else None
 
 
 def share_gradients(model, first, device):

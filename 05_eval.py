@@ -97,6 +97,7 @@ def predict(model, image, size, device="cpu"):
     padded_width = round(image.shape[3] * width / working_width)
     size = (padded_height, padded_width)
     masks = F.interpolate(mask_logits.float(), size, mode="bilinear", align_corners=False)
+    # What was padded is cropped again.
     masks = masks[0, :, :height, :width].sigmoid_()
     return Prediction(class_logits[0].float().softmax(-1), masks)
 
@@ -118,6 +119,7 @@ def instances(prediction, isthing, top=100):
 
     isthing: for each class, is it a thing?
     """
+    # The best pairs over all queries and classes. The last class, no-object, is none of them.
     probabilities = prediction.class_probabilities[:, :-1]
     classes = probabilities.shape[1]
     best = probabilities.flatten().topk(min(top, probabilities.numel()))
@@ -152,6 +154,7 @@ def panoptic(prediction, isthing, score_threshold=0.8, overlap_threshold=0.8):
     segments = []
     if len(masks) == 0:
         return ids.cpu(), segments
+    # Each pixel has one owner, whose mask it need not be inside.
     owner = masks.mul_(scores[chosen][:, None, None]).max(0).indices  # [H, W]
     stuff_id = {}  # {label: segment id}
     for query, label in enumerate(labels[chosen].tolist()):
@@ -214,6 +217,7 @@ def decode(metric, prediction, samples):
         ids_name = "category_ids" if samples.coco else "labels"
         ids = category_ids[found.labels]
         return {"masks": found.masks, ids_name: ids, "scores": found.confidences}
+    # Scores compare the data set's own category ids.
     segment_ids, segments = panoptic(prediction, isthing)
     for segment in segments:
         segment["category_id"] = int(category_ids[segment["label"]])
@@ -357,7 +361,10 @@ def compare(folders):
             row = [word if len(word) <= 12 else f"…{word[-11:]}" for word in words]
             stride = model["stride"] or 0
             row.append(str(model["stride"] or "-"))
-            row.append(f"{model['fusion']} {model['master_mode']}/{model['aux_mode']}")
+            modes = model["master_mode"]
+            if model["fusion"] != "none":
+                modes += f"/{model['aux_mode']}"
+            row.append(f"{model['fusion']} {modes}")
             row.append(str(model["steps"]))
             row += [run.number(results["scores"].get(name)) for name in names]
             runs.append((results["benchmark"], stride, row))
@@ -565,6 +572,7 @@ class CityscapesInstanceScore:
         ignored_area += (same_class_overlap * (is_group.astype(int) + is_small)).sum(1)
         is_ignored = (ignored_area / area)[:, None] > self.OVERLAPS  # [N, OVERLAPS]
 
+        # From here on each threshold of overlap has a column of its own.
         iou = same_class_overlap / (area[:, None] + true_area - same_class_overlap)
         # As no threshold is below one half, a prediction reaches it with one instance at most.
         reaches = iou[..., None] > self.OVERLAPS  # [N, V, OVERLAPS]
@@ -590,6 +598,7 @@ class CityscapesInstanceScore:
         A class that is absent from the truth is NaN and left out of the means.
         """
         table = np.full((len(self.label_ids), len(self.OVERLAPS)), np.nan)
+        # A class gets an AP for each threshold, from its predictions on all images.
         if self.labels:
             labels = np.concatenate(self.labels)
             scores = np.concatenate(self.scores)
@@ -639,6 +648,7 @@ class CocoInstanceScore:
                 mask = encode_mask(entry["segmentation"], sizes[image_id])
             if mask is None:
                 continue
+            # pycocotools takes both for granted.
             entry.setdefault("iscrowd", 0)
             entry.setdefault("area", float(rle.area(mask)))
             # Numbered anew: to pycocotools an id of 0 is no match, and of two alike it keeps one.
@@ -719,7 +729,7 @@ class PanopticScore:
             else:
                 true[segment["id"]] = segment["category_id"]
         self.segments.update(true.values())
-        # Ids may be large and far apart.
+        # Ids may be large and far apart, so pairs of their indices are counted.
         pred_values, pred_index = relabel(pred_ids.numpy())
         true_values, true_index = relabel(true_ids.numpy())
         shape = (len(pred_values), len(true_values))

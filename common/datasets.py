@@ -77,7 +77,8 @@ class Layout(NamedTuple):
 
 # ------------------------------------------------------------------ classes
 ALL_CITYSCAPES = torchvision.datasets.Cityscapes.classes
-CITYSCAPES_CATEGORIES = []  # the 19 that are evaluated, in the order of their train ids
+# The 19 that are evaluated, in the order of their train ids
+CITYSCAPES_CATEGORIES = []
 for _class in ALL_CITYSCAPES:
     if not _class.ignore_in_eval:
         CITYSCAPES_CATEGORIES.append(Category(_class.id, _class.name, _class.has_instances))
@@ -131,7 +132,9 @@ def read_urbansyn(files, size):
     with reading(files.labels[1], 'a list of objects with "color" and "label"'):
         for entry in json.loads(files.labels[1].read_bytes()):
             red, green, blue = map(int, entry["color"][:3])
-            regions[red + 256 * green + 65536 * blue] = Region(entry["label"], False)
+            value = red + 256 * green + 65536 * blue
+            if value in regions:  # else other things hide all of it
+                regions[value] = Region(entry["label"], False)
     return Labels(ids, regions)
 
 
@@ -143,6 +146,7 @@ def read_synscapes(files, size):
     instances = label_map(instance_file, size, colours=True)
     numbers, index_map = relabel(instances)
     pairs = count_pairs(index_map, classes, (len(numbers), 256))  # [instances, classes] pixels
+    # An instance may reach over the edges of its class.
     majority = pairs.argmax(1).tolist()
     # Below 256 an id is the class of pixels without an instance, from there on an instance.
     ids = np.where(instances > 0, 256 + index_map, classes)
@@ -184,6 +188,7 @@ def find_folders(data_set, root, split, task):
         names = [path.relative_to(root).as_posix() for path in paths]
     require(names, f"there are no images: expected {root / glob}")
 
+    # The words that stand in braces are read off the image's path, and complete its labels' paths.
     files = []
     pattern = re.compile(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern))
     for index, name in enumerate(sorted(names)):
@@ -210,6 +215,7 @@ def find_ade20k(data_set, root, split, task):
             number, _, _, _, names, *_ = line.split("\t")
             categories.append(Category(int(number), names.split(",")[0].strip(), False))
     category_ids = {0: 0, **{category.id: category.id for category in categories}}
+    # Label 0 is known and not evaluated.
     layout = find_folders(data_set, root, split, task)
     return layout._replace(categories=categories, category_ids=category_ids)
 
@@ -224,6 +230,7 @@ def find_own_semantic(data_set, root, split, task):
     files = []
     for index, (image, label) in enumerate(own_data.list_labelled(root, split)):
         files.append(ImageFiles(image, (label,), index))
+    # All lines are known labels. Those of "-" have no category, so they are not evaluated.
     category_ids = {label: label for label in (*range(len(lines)), own_data.VOID)}
     return Layout(files, read_own, category_ids, categories)
 
@@ -273,6 +280,7 @@ class CocoIndex:
             for entry in content["categories"]:
                 isthing = bool(entry.get("isthing", True))
                 self.categories.append(Category(entry["id"], entry["name"], isthing))
+            # By name, so that the order does not depend on the tool that wrote the JSON
             images = sorted(content["images"], key=lambda image: image["file_name"])
             self.check_images(images)
             annotations_of = defaultdict(list)
@@ -315,6 +323,7 @@ class CocoIndex:
                 mask = CocoMask(annotation["category_id"], iscrowd, annotation["segmentation"])
                 masks.append(mask)
             entry = (image["height"], image["width"]), masks
+        # Image number n has its annotations at [ends[n], ends[n + 1]).
         self.place[image["id"]] = len(self.files)
         self.files.append(ImageFiles(name, (label_file,), image["id"]))
         self.packed += pickle.dumps(entry)
@@ -552,6 +561,7 @@ def open_split(name, data, split):
     advice = "say where your data sets are with --data"
     require(root.is_dir(), f"{root} is needed and not there: {advice}")
 
+    # People's own data sets may have no val split.
     is_own = name.startswith("own_")
     holds_out = is_own and own_data.lacks_val(root)
     split_on_disk = data_set.splits["train" if holds_out else split]
@@ -651,6 +661,7 @@ class Split(Dataset):
             label = self.label_of[region.label]
             if label is None:
                 continue
+            # A thing is a segment of its own, whatever belongs to stuff is one of its class.
             if self.task != "semantic" and self.categories[label].isthing:
                 segment = Segment(label, region.iscrowd, id)
             else:  # one segment for all of the class
@@ -663,6 +674,7 @@ class Split(Dataset):
         truth = {}
         labels = sample["labels"].tolist()
         if "mIoU" in self.metrics:
+            # Void is 255, and each segment has its class.
             class_of = torch.tensor([255, *labels], dtype=torch.uint8)
             truth["mIoU"] = {"target": class_of[sample["segments"].long()]}  # uint8 [H, W]
         if "AP" in self.metrics and self.coco:
@@ -673,6 +685,7 @@ class Split(Dataset):
                 confidence = label_map(files.labels[1], ids.shape) / 65535
                 truth["AP"]["weights"] = torch.from_numpy(confidence)
         if "PQ" in self.metrics:
+            # In the samples, segments are numbered from 1.
             segments = []
             for index, label in enumerate(labels):
                 category_id = self.categories[label].id

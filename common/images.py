@@ -14,8 +14,9 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 
 # A format that Pillow cannot read here, .heic perhaps, is listed all the same: the user is told.
-IMAGE_SUFFIXES = set(
-    ".avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp".split()
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif"),
+    *(".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
 )
 
 
@@ -29,13 +30,14 @@ def list_images(folder):
     names = []
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        # Links may lead in circles, so each folder is entered once. A run folder holds figures.
+        # Links may lead in circles, so each folder is entered once, under its first name in order.
+        # A run folder holds figures.
         real_place = os.path.realpath(place)
         if real_place in seen or "run.json" in files:
             folders.clear()
             continue
         seen.add(real_place)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in files:
             path = Path(place, file)
             if path.suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):

@@ -51,6 +51,7 @@ def check_class_names(table, names):
 
 def list_labelled(root, split):
     """The paths below root of each image and of its label, a PNG of the same name."""
+    # Images of two formats may have the same name but for the ending.
     image_of = {}  # {label: image}
     for name in list_images(root / "images" / split):
         image = f"images/{split}/{name}"
@@ -84,6 +85,7 @@ def hold_out(names):
     """
     alone = f"{names[0]} is the only image and there is no val split: expected at least two images"
     require(len(names) > 1, alone)
+    # Sorted by a hash of the name, which is as good as random.
     shuffled = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     return set(shuffled[: max(1, len(names) // 5)])
 
@@ -92,7 +94,8 @@ def hold_out(names):
 class Look(NamedTuple):
     """What stage 1 remembers of a sample."""
 
-    pixels: np.ndarray | None  # by class, float64 [classes]
+    # By class. A list, as each tensor or array of a worker's would keep a file open.
+    pixels: list[float] | None
     short_side: int
     error: str = ""  # why the sample cannot be used
 
@@ -112,12 +115,13 @@ class LabelLooks(Dataset):
             sample = self.samples[index]
         except UserError as error:
             return Look(None, 0, str(error))
+        # Pixels of each segment, then of each class
         if "rles" in sample:
             areas = rle.area(sample["rles"])
         else:
             areas = torch.bincount(sample["segments"].flatten())[1:]  # without void
         pixels = np.bincount(sample["labels"], weights=areas, minlength=self.classes)
-        return Look(pixels, min(sample["image"].shape[1:]))
+        return Look(pixels.tolist(), min(sample["image"].shape[1:]))
 
 
 def check_labels(train, val, workers):
@@ -133,13 +137,15 @@ def check_labels(train, val, workers):
     require(not differing, f"{splits} list different classes: {first_few(differing)}")
     require(names == val_names, f"{splits} list their classes in different orders")
 
+    # All errors are reported at once, as a data set may take long to read.
     looks = LabelLooks(ConcatDataset([train, val]), len(names))
     loader = DataLoader(looks, batch_size=None, **run.loader_arguments(workers))
+    # What is kept of a sample is small.
     looks = list(tqdm(loader, "looking at labels", unit="label"))
     errors = [look.error for look in looks if look.error]
     unusable = f"{len(errors)} of {len(looks)} images of {train.root} cannot be used"
     require(not errors, f"{unusable}: {first_few(errors, '; ')}")
-    pixels = np.stack([look.pixels for look in looks])
+    pixels = np.array([look.pixels for look in looks])  # [train and val images, classes]
     train_pixels = pixels[: len(train)]  # [images, classes]
     val_pixels = pixels[len(train) :]
     empty = f"no image to train on in {train.root} has a pixel of {first_few(names)}"
@@ -196,6 +202,7 @@ def unused_files(train, val):
     for samples in (train, val):
         for files in samples.files:
             used.update((files.image, *files.labels))
+    # Every image that lies where the data set's own do, but which no sample uses
     unused = []
     for split in ("train",) if val.held_out else ("train", "val"):
         if train.task == "semantic":

@@ -1,10 +1,11 @@
-"""How fast and how lean the scores are: 100 masks an image at 1024 x 2048, the same predictions for all, in one run.
+"""How fast and how lean the scores are, on images of 1024 x 2048 with 100 masks each.
 
-    python tests/bench_eval.py                  a table: Cityscapes' AP beside cityscapesScripts, panoptic quality
-    python tests/bench_eval.py --stream 500     memory, after so many images of streaming
+    python tests/bench_eval.py                  Cityscapes' AP beside cityscapesScripts, and PQ
+    python tests/bench_eval.py --stream 500     memory, after so many images
 
-cityscapesScripts is timed as people run it (masks written, and read by its evaluation) and once more for its matching
-alone, with every mask already in memory.
+All are timed on the same predictions, in one run. cityscapesScripts is timed as people run it:
+masks are written, and its evaluation reads them. It is timed once more for its matching alone, with
+all masks in memory.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,133 +24,199 @@ from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as to
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common.datasets import CITYSCAPES, CITYSCAPES_THINGS  # noqa: E402
+from common.datasets import CITYSCAPES_CATEGORIES, CITYSCAPES_THINGS  # noqa: E402
+
+from test_scores import official_instance_ap, save_instances  # noqa: E402
 
 stage5 = importlib.import_module("05_eval")
 HEIGHT, WIDTH, MASKS = 1024, 2048, 100
-THINGS = [raw for raw, _, _ in CITYSCAPES_THINGS]
+THINGS = [category.id for category in CITYSCAPES_THINGS]
+
+
+class Street(NamedTuple):
+    """The truth of an image, and predictions."""
+
+    ids: torch.Tensor  # int64 [H, W], Cityscapes' instance ids
+    masks: torch.Tensor  # bool [MASKS, H, W]
+    labels: torch.Tensor  # int64 [MASKS], raw ids
+    scores: torch.Tensor  # float64 [MASKS]
 
 
 def ellipse(rng):
-    """A thing as large as they are on streets: mostly small, some large."""
+    """A mask as large as things are on streets: mostly small, some large."""
     radius = 8 + 160 * rng.random() ** 3
-    y, x = rng.integers(0, HEIGHT), rng.integers(0, WIDTH)
+    y = rng.integers(0, HEIGHT)
+    x = rng.integers(0, WIDTH)
     rows, columns = np.ogrid[:HEIGHT, :WIDTH]
     return ((rows - y) / radius) ** 2 + ((columns - x) / radius / 1.5) ** 2 < 1
 
 
 def street(rng):
-    """Instance ids int64 [H, W] with 40 things, stuff and void; 100 masks bool, their raw labels and scores."""
-    ids = np.repeat(rng.choice([7, 11, 21, 23, 4], 8), HEIGHT // 8)[:, None].repeat(WIDTH, 1)
+    """A Street with 40 things, stuff and void. Some predictions are near the truth."""
+    bands = rng.choice([7, 11, 21, 23, 4], 8)
+    ids = np.repeat(bands, HEIGHT // 8)[:, None].repeat(WIDTH, 1)
     for number in range(40):
         ids[ellipse(rng)] = rng.choice(THINGS) * 1000 + number
-    masks, labels = [], []
+    masks = []
+    labels = []
     for value in np.unique(ids[ids >= 1000]):
         masks.append(np.roll(ids == value, rng.integers(-4, 5, 2), (0, 1)))
         labels.append(value // 1000)
     while len(masks) < MASKS:
         masks.append(ellipse(rng))
         labels.append(rng.choice(THINGS))
-    return tuple(map(torch.from_numpy, (ids, np.stack(masks), np.array(labels), rng.random(MASKS))))
+    return Street(
+        torch.from_numpy(ids),
+        torch.from_numpy(np.stack(masks)),
+        torch.tensor(np.array(labels)),
+        torch.from_numpy(rng.random(MASKS)),
+    )
 
 
 def seconds(call, *arguments):
+    """How long a call takes, and its result."""
     began = time.perf_counter()
     result = call(*arguments)
     return time.perf_counter() - began, result
 
 
-def ours(images):
+def stem_of(index):
+    return f"bonn_000000_{index:06d}"
+
+
+def truth_file(folder, index):
+    return folder / f"{stem_of(index)}_gtFine_instanceIds.png"
+
+
+def our_ap(images):
     score = stage5.CityscapesInstanceScore(THINGS)
-    for ids, masks, labels, scores in images:
-        score.update(masks, labels, scores, ids)
+    for image in images:
+        score.update(image.masks, image.labels, image.scores, image.ids)
     return score.result()["AP"]
 
 
-def official(folder, images):
-    """As people run it: masks and lists written to disk, evaluated from there."""
-    truths, texts = [], []
-    for i, (_, masks, labels, scores) in enumerate(images):
-        stem = f"bonn_000000_{i:06d}"
-        stage5.save_instances(folder, stem, masks, labels, scores)
-        truths.append(str(folder / f"{stem}_gtFine_instanceIds.png"))
-        texts.append(str(folder / f"{stem}.txt"))
-    return 100 * tool.evaluateImgLists(texts, truths, tool.args)["averages"]["allAp"]
+def official_ap(folder, images):
+    """AP as people compute it: masks and lists are written to disk and evaluated from there."""
+    truths = []
+    texts = []
+    for i, image in enumerate(images):
+        masks = image.masks.numpy()
+        texts.append(save_instances(folder, stem_of(i), masks, image.labels, image.scores))
+        truths.append(truth_file(folder, i))
+    return 100 * official_instance_ap(folder, truths, texts)["averages"]["allAp"]
 
 
 def matching_alone(folder, images):
-    """The official assignment of predictions to the truth, all masks in memory: seconds."""
-    total, opened = 0.0, tool.Image
-    for i, (ids, masks, labels, scores) in enumerate(images):
-        truth = folder / f"bonn_000000_{i:06d}_gtFine_instanceIds.png"
-        instances = tool.filterGtInstances(tool.instances2dict([str(truth)], False)[str(truth.absolute())], tool.args)
-        pictures = {str(k): Image.fromarray(255 * mask.numpy().astype(np.uint8)) for k, mask in enumerate(masks)}
-        info = {k: {"labelID": int(labels[int(k)]), "conf": float(scores[int(k)])} for k in pictures}
-        tool.Image = SimpleNamespace(open=pictures.__getitem__)
+    """Seconds of the official assignment of predictions to the truth, with all masks in memory."""
+    total = 0.0
+    from_disk = tool.Image
+    for i, image in enumerate(images):
+        truth = str(truth_file(folder, i).absolute())
+        instances = tool.instances2dict([truth], False)[truth]
+        instances = tool.filterGtInstances(instances, tool.args)
+        opened = {}
+        predictions = {}
+        for number in range(MASKS):
+            mask = 255 * image.masks[number].numpy().astype(np.uint8)
+            opened[str(number)] = Image.fromarray(mask)
+            label = int(image.labels[number])
+            predictions[str(number)] = {"labelID": label, "conf": float(image.scores[number])}
+        ids = image.ids.numpy().astype(np.int32)
+        tool.Image = SimpleNamespace(open=opened.__getitem__)
         try:
-            took, _ = seconds(tool.assignGt2Preds, instances, ids.numpy().astype(np.int32), info, tool.args)
+            took, _ = seconds(tool.assignGt2Preds, instances, ids, predictions, tool.args)
         finally:
-            tool.Image = opened
+            tool.Image = from_disk
         total += took
     return total
 
 
-def panoptic_milliseconds(images):
-    """A panoptic update of 60 predicted segments, on ids as COCO's colours make them."""
-    score = stage5.PanopticScore([{"id": raw, "name": name, "isthing": thing} for raw, name, thing in CITYSCAPES])
+def panoptic_seconds(images):
+    """Seconds of the panoptic updates, with 60 predicted segments and ids as large as COCO's."""
+    score = stage5.PanopticScore([category._asdict() for category in CITYSCAPES_CATEGORIES])
     total = 0.0
-    for ids, masks, labels, _ in images:
-        pred = torch.zeros_like(ids)
-        for k, mask in enumerate(masks[:60]):
-            pred[mask] = k + 1
-        kept = [k for k in range(60) if (pred == k + 1).any()]
-        segments = [{"id": k + 1, "category_id": int(labels[k])} for k in kept]
-        present = [v for v in ids.unique().tolist() if v != 4]
-        true_segments = [{"id": 397 * v, "category_id": v // 1000 if v >= 1000 else v} for v in present]
-        true_ids = torch.where(ids == 4, 0, 397 * ids)
-        took, _ = seconds(score.update, pred, segments, true_ids, true_segments)
+    for image in images:
+        pred_ids = torch.zeros_like(image.ids)
+        for number, mask in enumerate(image.masks[:60], 1):
+            pred_ids[mask] = number
+        pred_segments = []
+        for number in pred_ids.unique().tolist():
+            if number:
+                category = int(image.labels[number - 1])
+                pred_segments.append({"id": number, "category_id": category})
+        true_ids = torch.where(image.ids == 4, 0, 397 * image.ids)
+        true_segments = []
+        for value in image.ids.unique().tolist():
+            if value != 4:
+                category = value // 1000 if value >= 1000 else value
+                true_segments.append({"id": 397 * value, "category_id": category})
+        took, _ = seconds(score.update, pred_ids, pred_segments, true_ids, true_segments)
         total += took
-    return 1000 * total / len(images)
+    return total
+
+
+def stream(count):
+    """Print how much memory the AP of `count` images takes."""
+    rng = np.random.default_rng(0)
+    images = [street(rng), street(rng)]
+    score = stage5.CityscapesInstanceScore(THINGS)
+    for i in range(count):
+        image = images[i % 2]
+        score.update(image.masks, image.labels, torch.rand(MASKS), image.ids)
+        if i + 1 in (10, count):
+            print_peak(f"after {i + 1} images")
+    score.result()
+    print_peak("after the result")
+
+
+def print_peak(when):
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"peak memory {gigabytes:.2f} GB {when}")
+
+
+def compare(count):
+    """Print a table of times on `count` images."""
+    # NumPy has no in1d any more, and the tool cannot write NumPy's integers to JSON.
+    setattr(np, "in1d", np.isin)  # noqa: B010
+    tool.writeDict2JSON = lambda content, path: None
+    tool.args.quiet = True
+    tool.args.JSONOutput = False
+    tool.setInstanceLabels(tool.args)
+
+    rng = np.random.default_rng(0)
+    images = [street(rng) for _ in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for i, image in enumerate(images):
+            Image.fromarray(image.ids.numpy().astype(np.uint16)).save(truth_file(folder, i))
+        ours, ap = seconds(our_ap, images)
+        official, expected = seconds(official_ap, folder, images)
+        matching = matching_alone(folder, images)
+    panoptic = panoptic_seconds(images)
+
+    assert abs(ap - expected) < 1e-9, (ap, expected)
+    print(f"{count} images of {HEIGHT} x {WIDTH} with {MASKS} masks each, AP {ap:.3f} by both")
+    print("seconds an image")
+    print(f"  this project                          {ours / count:8.3f}")
+    for name, total in (
+        ("cityscapesScripts, its matching alone", matching),
+        ("cityscapesScripts, as people run it  ", official),
+    ):
+        print(f"  {name} {total / count:8.3f}   {total / ours:6.1f} times as long")
+    print(f"  panoptic quality                      {panoptic / count:8.3f}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5)
-    parser.add_argument("--stream", type=int, help="measure memory instead, over so many images")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=5, help="how many are timed (default: 5)")
+    parser.add_argument("--stream", type=int, help="measure memory instead, on so many images")
     args = parser.parse_args()
-    rng = np.random.default_rng(0)
     if args.stream:
-        images = [street(rng) for _ in range(2)]
-        score, size = stage5.CityscapesInstanceScore(THINGS), "peak memory {:.2f} GB after {} images"
-        for i in range(args.stream):
-            ids, masks, labels, _ = images[i % 2]
-            score.update(masks, labels, torch.rand(MASKS), ids)
-            if i + 1 in (10, args.stream):
-                print(size.format(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, i + 1))
-        score.result()
-        print(size.format(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, args.stream), "and the result")
-        return
-
-    setattr(np, "in1d", np.isin)  # noqa: B010  gone from NumPy 2.4; cityscapesScripts 2.3.0 calls it
-    tool.writeDict2JSON = lambda content, path: None  # nor can it write NumPy's integers
-    tool.args.quiet, tool.args.JSONOutput = True, False
-    tool.setInstanceLabels(tool.args)
-    images = [street(rng) for _ in range(args.images)]
-    with tempfile.TemporaryDirectory() as folder:
-        tool.args.predictionPath, tool.args.gtInstancesFile = folder, f"{folder}/none.json"
-        for i, (ids, *_) in enumerate(images):
-            file = Path(folder) / f"bonn_000000_{i:06d}_gtFine_instanceIds.png"
-            Image.fromarray(ids.numpy().astype(np.uint16)).save(file)
-        fast, ap = seconds(ours, images)
-        slow, expected = seconds(official, Path(folder), images)
-        matching = matching_alone(Path(folder), images)
-    assert abs(ap - expected) < 1e-9, (ap, expected)
-    n = len(images)
-    print(f"{n} images of {HEIGHT} x {WIDTH}, {MASKS} masks each; AP {ap:.3f} by both; seconds an image")
-    print(f"  this project                          {fast / n:8.3f}")
-    print(f"  cityscapesScripts, its matching alone {matching / n:8.3f}   {matching / fast:6.1f} times as long")
-    print(f"  cityscapesScripts, as people run it   {slow / n:8.3f}   {slow / fast:6.1f} times as long")
-    print(f"  panoptic quality                      {panoptic_milliseconds(images) / 1000:8.3f}")
+        stream(args.stream)
+    else:
+        compare(args.images)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ metrics = importlib.import_module("02_metrics")
 def with_scikit_learn(points, dimensions):
     points = points.numpy().astype(np.float64)
     dimensions = min(dimensions, *points.shape[1:])
-    parts = [PCA(dimensions, svd_solver="full").fit_transform(p)[:, ::-1] for p in points]  # the first one last
+    parts = [
+        PCA(dimensions, svd_solver="full").fit_transform(p)[:, ::-1] for p in points
+    ]  # the first one last
     return torch.from_numpy(np.stack(parts)).float()
 
 
@@ -40,7 +42,9 @@ def clustering_with_scikit_learn(features, points, seed):
     for flat in metrics.channels_standardised(features).numpy().astype(np.float64):
         chosen = np.random.default_rng(seed).permutation(len(flat))[: metrics.POSITIONS]
         points = flat[chosen]
-        points = PCA(min(metrics.DIMENSIONS, *points.shape), svd_solver="full").fit_transform(points)
+        points = PCA(min(metrics.DIMENSIONS, *points.shape), svd_solver="full").fit_transform(
+            points
+        )
         values = []
         for k in metrics.CLUSTERS:
             labels = KMeans(k, n_init=metrics.RESTARTS, random_state=seed).fit_predict(points)
@@ -75,14 +79,20 @@ def memory(field) -> float:
 
 def means(scores):
     return {
-        (s, name): np.mean([one[s][name].mean().item() for one in scores]) for s in scores[0] for name in scores[0][s]
+        (s, name): np.mean([one[s][name].mean().item() for one in scores])
+        for s in scores[0]
+        for name in scores[0][s]
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=6)
-    parser.add_argument("--slow", type=int, default=6, help="pictures that scikit-learn's side gets")
+    parser.add_argument(
+        "--slow", type=int, default=6, help="pictures that scikit-learn's side gets"
+    )
     parser.add_argument("--cuda", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -96,7 +106,10 @@ def main():
     torch.set_num_threads(1)
 
     if args.cuda:
-        batch = {s: torch.cat([maps[s] for maps in native]).cuda() for s in native[0]}, images.cuda()
+        batch = (
+            {s: torch.cat([maps[s] for maps in native]).cuda() for s in native[0]},
+            images.cuda(),
+        )
         for _ in range(2):
             score(*batch)
         torch.cuda.synchronize()
@@ -111,7 +124,10 @@ def main():
         ours, fast = timed(pictures)
         side = "this project"
         print(f"peak memory grew by {memory('VmHWM') - before:.2f} GB")
-    metrics.clustering_score, metrics.principal_components = clustering_with_scikit_learn, with_scikit_learn
+    metrics.clustering_score, metrics.principal_components = (
+        clustering_with_scikit_learn,
+        with_scikit_learn,
+    )
     few = pictures[: args.slow]
     with threadpool_limits(1):
         theirs, slow = timed(few)
@@ -122,8 +138,14 @@ def main():
     if len(few) < args.images:
         return
     one, other = means(fast), means(slow)
-    worst = {name: max(abs(one[s, n] - other[s, n]) for s, n in one if n == name) for name in ("SCS", "EC", "FC_PCA")}
-    print("  largest difference of the means:", ", ".join(f"{name} {value:.4f}" for name, value in worst.items()))
+    worst = {
+        name: max(abs(one[s, n] - other[s, n]) for s, n in one if n == name)
+        for name in ("SCS", "EC", "FC_PCA")
+    }
+    print(
+        "  largest difference of the means:",
+        ", ".join(f"{name} {value:.4f}" for name, value in worst.items()),
+    )
 
 
 if __name__ == "__main__":

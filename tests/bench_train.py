@@ -55,7 +55,11 @@ class Trainee:
             self.model.to(memory_format=torch.channels_last)
             self.images = self.images.to(memory_format=torch.channels_last)
         segments = torch.arange(width, device=self.device) * 12 // width
-        masks = (segments == torch.arange(12, device=self.device)[:, None, None]).expand(12, height, width).float()
+        masks = (
+            (segments == torch.arange(12, device=self.device)[:, None, None])
+            .expand(12, height, width)
+            .float()
+        )
         self.truth = [masks] * args.batch, [torch.arange(12, device=self.device)] * args.batch
 
     def step(self) -> float:
@@ -85,7 +89,9 @@ def memory_of(variant: str, args) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", default="512x1024")
@@ -102,17 +108,23 @@ def main():
         for variant, trainee in trainees.items():
             seconds[variant].append(trainee.step())
     step = {variant: np.median(times[1:]) for variant, times in seconds.items()}
-    print(f"{args.device}, batch {args.batch}, {args.size}, median of {args.rounds} steps, random weights")
+    print(
+        f"{args.device}, batch {args.batch}, {args.size}, median of {args.rounds} steps, random weights"
+    )
     for variant in VARIANTS:
         ratio = step[variant] / step["master alone"]
-        print(f"{variant:14}{step[variant]:9.3f} s a step {ratio:6.2f} x the master alone {memory[variant]:7.2f} GB")
+        print(
+            f"{variant:14}{step[variant]:9.3f} s a step {ratio:6.2f} x the master alone {memory[variant]:7.2f} GB"
+        )
     print(f"naive takes {step['naive'] / step['fused']:.2f} times as long as fused")
     if args.device == "cuda":
         losses = trainees["fused"].losses
         args.device = "cpu"
         on_cpu = Trainee("fused", args)
         on_cpu.step()
-        print(f"fused, first loss {losses[0]:.3f}, on the CPU {on_cpu.losses[0]:.3f}; last {losses[-1]:.3f}")
+        print(
+            f"fused, first loss {losses[0]:.3f}, on the CPU {on_cpu.losses[0]:.3f}; last {losses[-1]:.3f}"
+        )
 
 
 if __name__ == "__main__":

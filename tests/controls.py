@@ -25,7 +25,9 @@ def shuffled(image, rng):
     """[1, 3, H, W] with its 4 x 8 tiles in another order."""
     height, width = image.shape[2] // 4, image.shape[3] // 8
     tiles = [
-        image[:, :, y * height : (y + 1) * height, x * width : (x + 1) * width] for y in range(4) for x in range(8)
+        image[:, :, y * height : (y + 1) * height, x * width : (x + 1) * width]
+        for y in range(4)
+        for x in range(8)
     ]
     tiles = [tiles[i] for i in rng.permutation(32)]
     return torch.cat([torch.cat(tiles[8 * y : 8 * y + 8], 3) for y in range(4)], 2)
@@ -41,10 +43,14 @@ def main():
         for name, (source, picture) in sources.items():
             for stride in STRIDES:
                 features = metrics.control(source, picture, stride, seed=100 * i + stride)
-                scores = metrics.structural_coherence(features) | metrics.edge_fidelity(features, image[None])
+                scores = metrics.structural_coherence(features) | metrics.edge_fidelity(
+                    features, image[None]
+                )
                 smallest.append(abs(scores["SP"].item() - 1 / (1 + 1 / 64)) < 1e-6)
                 for score in ("SFC", "SCS", "SC", "EF", "EF_RELEASED"):
-                    table.setdefault((name, score), {}).setdefault(stride, []).append(scores[score].item())
+                    table.setdefault((name, score), {}).setdefault(stride, []).append(
+                        scores[score].item()
+                    )
     sizes = [f"{256 // stride} x {512 // stride}" for stride in STRIDES]
     print(f"means and standard errors over {len(images)} pictures, by map size")
     print(f"{'':16}{'':12}" + "".join(f"{size:>16}" for size in sizes))

@@ -50,14 +50,18 @@ def profiles(folder, settings, names):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/toycity"))
     parser.add_argument("--limit", type=int, help="pictures, evenly spaced")
     args = parser.parse_args()
     settings, names = metrics.finished_run(args.run)
     names = names[:: max(1, len(names) // (args.limit or len(names)))]
     torch.set_num_threads(1)
-    variants = [(None, None)] + [(name, value) for name, (_, *values) in SETTINGS.items() for value in values]
+    variants = [(None, None)] + [
+        (name, value) for name, (_, *values) in SETTINGS.items() for value in values
+    ]
     rows = []
     for name, value in tqdm(variants, "settings"):
         before = getattr(metrics, name) if name else None
@@ -71,7 +75,9 @@ def main():
         what = f"{SETTINGS[name][0]} {before} -> {value}" if name else "as published"
         chosen = (settings["encoders"][master], settings["encoders"][auxiliary], STRIDES[at])
         rows.append((what, *chosen, sc[0].mean(1), ef[0].max(1)))
-    print(f"\n{len(names)} pictures; SC: mean over strides, EF: its peak, of {', '.join(settings['encoders'])}")
+    print(
+        f"\n{len(names)} pictures; SC: mean over strides, EF: its peak, of {', '.join(settings['encoders'])}"
+    )
     for what, master, auxiliary, stride, sc, ef in rows:
         same = "" if (master, auxiliary, stride) == rows[0][1:4] else "   CHANGED"
         numbers = "  ".join(f"{s:.3f} {e:5.1f}" for s, e in zip(sc, ef, strict=True))

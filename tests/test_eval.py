@@ -23,7 +23,7 @@ def queries(*entries, size=(8, 8)):
 
 
 def test_predict_pads_and_gives_masks_in_the_images_own_pixels():
-    """The stand-in's mask logits are the image's brightness: they must come back where they were."""
+    """The stand-in's mask logits are the image's brightness. They must come back in place."""
     seen = []
 
     def model(images):
@@ -66,28 +66,26 @@ def test_instances_score_class_times_mask_quality():
 
 def test_panoptic_keeps_the_confident_and_the_visible():
     prediction = queries(
-        ([0.95, 0, 0], 0, 4),  # stuff
+        ([0.95, 0, 0], 0, 3),  # stuff
         ([0.95, 0, 0], 6, 8),  # the same stuff elsewhere: one segment
         ([0, 0, 0.9], 4, 6),  # a thing
         ([0, 0, 0.85], 3, 6),  # a thing that keeps a third of its mask: dropped
         ([0, 0.79, 0], 0, 8),  # below the score threshold
     )
-    untouched = prediction.masks.clone()
     isthing = [False, False, True]
+    masks = prediction.masks.clone()
     ids, segments = stage5.panoptic(prediction, isthing)
     assert segments == [{"id": 1, "label": 0}, {"id": 2, "label": 2}]
-    assert ids[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 1, 1]
-    assert torch.equal(prediction.masks, untouched)  # other decodings follow on the same masks
+    assert ids[:, 0].tolist() == [1, 1, 1, 0, 2, 2, 1, 1]
+    assert torch.equal(prediction.masks, masks)  # Other decodings may follow on the same masks.
 
-    # With lower thresholds the last two take part, and keep what is left to them.
-    ids, segments = stage5.panoptic(
-        prediction, isthing, score_threshold=0.78, overlap_threshold=0.3
-    )
-    assert [segment["label"] for segment in segments] == [0, 2]
-    ids, segments = stage5.panoptic(
-        prediction, isthing, score_threshold=0.9, overlap_threshold=0.8
-    )
+    ids, segments = stage5.panoptic(prediction, isthing, overlap_threshold=0.3)
+    assert [segment["label"] for segment in segments] == [0, 2, 2]
+    assert ids[:, 0].tolist() == [1, 1, 1, 3, 2, 2, 1, 1]
+
+    ids, segments = stage5.panoptic(prediction, isthing, score_threshold=0.92)
     assert [segment["label"] for segment in segments] == [0]
+    assert ids[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 1]
 
 
 def test_panoptic_of_nothing_is_void():

@@ -1,4 +1,4 @@
-"""Stage 5 as a whole: which benchmarks, what it writes for others' tools, and several runs in one table."""
+"""Stage 5 as a whole, on each kind of benchmark, beside the official tools, and on several runs."""
 
 import dataclasses
 import importlib
@@ -16,133 +16,258 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_scores import official, official_instance_ap, pixel_tool, same  # noqa: F401  official is a fixture
+from test_scores import (
+    coco_mask,
+    official,  # noqa: F401  a fixture
+    official_instance_ap,
+    panoptic_slowly,
+    pixel_tool,
+    same,
+    save_instances,
+)
 
-stage4, stage5 = importlib.import_module("04_train"), importlib.import_module("05_eval")
+stage4 = importlib.import_module("04_train")
+stage5 = importlib.import_module("05_eval")
 
 
+# ------------------------------------------------------------------ stand-ins
 def write_run(folder, data, benchmark, categories, **changes):
-    """A run folder with an untrained model of the given classes, as stage 4 would leave it."""
-    recipe = dataclasses.asdict(stage4.RECIPES["toycity"]) | {"steps": 0, "test_size": "64"}
-    trained = dict(master="tiny_hiera", auxiliary="tiny_vit", stride=8, fusion="replace", recipe=recipe) | changes
-    trained |= dict(benchmark=benchmark, master_mode="ft", aux_mode="fz", seed=0)
-    trained |= dict(weights={"tiny_hiera": "pretrained", "tiny_vit": "pretrained"})
-    trained |= {"class_names": [c.name for c in categories], "isthing": [c.isthing for c in categories]}
-    model = build_model(trained, trained["weights"])
+    """A run folder with an untrained model of the given classes, as stage 4 would leave it.
+
+    changes: of what the checkpoint remembers of the training.
+    """
+    recipe = dataclasses.asdict(stage4.RECIPES["toycity"])
+    weights = {"tiny_hiera": "pretrained", "tiny_vit": "pretrained"}
+    training = {
+        "benchmark": benchmark,
+        "master": "tiny_hiera",
+        "auxiliary": "tiny_vit",
+        "stride": 8,
+        "fusion": "replace",
+        "master_mode": "finetuned",
+        "aux_mode": "frozen",
+        "seed": 0,
+        "weights": weights,
+        "class_names": [category.name for category in categories],
+        "isthing": [category.isthing for category in categories],
+        "recipe": {**recipe, "steps": 0, "test_size": "64"},
+        **changes,
+    }
+    model = build_model(training, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "step": 0, "settings": trained}, folder / "checkpoint.pt")
-    run.write_json(folder / "run.json", {"benchmark": benchmark, "data": str(data), "command": "python 01_extract.py"})
-    return model, trained
+    checkpoint = {"model": model.state_dict(), "step": 0, "training": training}
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    run.write_json(folder / "run.json", {"benchmark": benchmark, "data": str(data)})
+    return model, training
 
 
 class Guess:
-    """In place of predict(): the truth moved by some pixels, some of it doubled or unsure; 50 queries."""
+    """In place of predict(): the truth moved by some pixels, with 50 queries.
+
+    Each segment is there twice, and some of them have a low probability.
+    """
 
     def __init__(self, samples):
-        self.samples, self.classes = {s["image"].numpy().tobytes(): s for s in samples}, len(samples.categories)
+        self.samples = {sample["image"].numpy().tobytes(): sample for sample in samples}
+        self.classes = len(samples.categories)
 
     def __call__(self, model, image, size, device):
-        sample, generator = self.samples[image.numpy().tobytes()], torch.Generator().manual_seed(image.sum().item())
+        sample = self.samples[image.numpy().tobytes()]
+        generator = torch.Generator().manual_seed(image.sum().item())
+        masks = []
         if "rles" in sample:
-            masks = [torch.from_numpy(stage5.rle.decode(code)).bool() for code in sample["rles"]]
+            for encoded in sample["rles"][:25]:
+                masks.append(torch.from_numpy(stage5.rle.decode(encoded)).bool())
         else:
-            masks = [sample["segments"] == i + 1 for i in range(len(sample["labels"]))]
-        masks, labels = masks[:25], sample["labels"][:25].repeat(2)
-        masks = torch.stack([m.roll(k, -1) for k in (1, 3) for m in masks] or [torch.zeros(image.shape[1:]).bool()])
+            for i in range(len(sample["labels"][:25])):
+                masks.append(sample["segments"] == i + 1)
+        labels = sample["labels"][:25].repeat(2)
+        moved = [mask.roll(k, -1) for k in (1, 3) for mask in masks]
+        if not moved:
+            moved = [torch.zeros(image.shape[1:]).bool()]
+        masks = torch.stack(moved)
         logits = torch.zeros(len(masks), self.classes + 1)
         logits[:, -1] = 0.5
         if len(labels):
-            logits[range(len(labels)), labels] = 1 + 5 * torch.rand(len(labels), generator=generator)
-        return logits.softmax(-1), torch.where(masks, 0.9, 0.05)
+            logits[range(len(labels)), labels] = 1 + 5 * torch.rand(
+                len(labels), generator=generator
+            )
+        return stage5.Prediction(logits.softmax(-1), torch.where(masks, 0.9, 0.05))
 
 
-def test_what_is_saved_for_cityscapes_scores_the_same_there(data, stage, monkeypatch, tmp_path, official):  # noqa: F811
+def guess(samples, sample):
+    return Guess(samples)(None, sample["image"], None, None)
+
+
+def read_results(folder, suffix=""):
+    return json.loads((folder / f"results{suffix}.json").read_text())
+
+
+# ------------------------------------------------------------------ the official tools
+def test_scores_on_cityscapes_labels_equal_the_official_tools(
+    data,
+    stage,
+    monkeypatch,
+    tmp_path,
+    official,  # noqa: F811
+):
     samples = open_split("toycity", data, "val")
     write_run(tmp_path / "run", data, "toycity", samples.categories)
     monkeypatch.setattr(stage5, "predict", Guess(samples))
-    assert "submission" in stage("05_eval", "--run", tmp_path / "run", "--save-predictions")
-    ours = json.loads((tmp_path / "run/results.json").read_text())["benchmarks"]["toycity"]
-    assert 5 < ours["instance"]["AP"] < 95 and 20 < ours["semantic"]["mIoU"] < 99
-    submission = tmp_path / "run/submission/toycity"
+    stage("05_eval", "--run", tmp_path / "run")
+    ours = read_results(tmp_path / "run")
+    scores = ours["scores"]
+    assert 5 < scores["AP"] < 95 and 20 < scores["mIoU"] < 99 and 5 < scores["PQ"] < 95
 
-    stems = [f"toycity_000000_{i:06d}" for i in range(6)]
-    truths = [data / f"toycity/gtFine/val/toycity/{stem}_gtFine_instanceIds.png" for stem in stems]
-    theirs = official_instance_ap(submission, truths, [submission / f"instance/{stem}.txt" for stem in stems])
-    same(ours["instance"]["AP"], 100 * theirs["averages"]["allAp"])
-    truths = [str(data / f"toycity/gtFine/val/toycity/{stem}_gtFine_labelIds.png") for stem in stems]
-    guesses = [str(submission / f"semantic/{stem}.png") for stem in stems]
-    theirs = pixel_tool.evaluateImgLists(guesses, truths, pixel_tool.args)
-    same(ours["semantic"]["mIoU"], 100 * np.mean([theirs["classScores"][n] for n in ours["semantic"]["per_class"]]))
+    # The same predictions, in the files that the tools read
+    ids = torch.tensor([category.id for category in samples.categories])
+    isthing = [category.isthing for category in samples.categories]
+    stems = []
+    texts = []
+    class_maps = []
+    segmentations = []
+    for i, sample in enumerate(samples):
+        stems.append(f"toycity_000000_{i:06d}")
+        prediction = guess(samples, sample)
+        found = stage5.instances(prediction, isthing)
+        labels = ids[found.labels]
+        texts.append(save_instances(tmp_path, stems[-1], found.masks, labels, found.confidences))
+        class_maps.append(str(tmp_path / f"{stems[-1]}_pred.png"))
+        class_map = ids[stage5.semantic(prediction)].numpy().astype(np.uint8)
+        Image.fromarray(class_map).save(class_maps[-1])
+        segment_ids, segments = stage5.panoptic(prediction, isthing)
+        for segment in segments:
+            segment["category_id"] = ids[segment["label"]].item()
+        assert set(segment_ids.unique().tolist()) - {0} == {s["id"] for s in segments}
+        truth = sample["truth"]["PQ"]
+        segmentations.append((segment_ids, segments, truth["true_ids"], truth["true_segments"]))
 
-    # COCO's panoptic form, read back and scored again
-    categories = [{"id": raw, "name": name, "isthing": thing} for raw, name, thing in samples.categories]
-    score, content = stage5.PanopticScore(categories), json.loads((submission / "panoptic.json").read_text())
-    for sample, entry in zip(samples, content["annotations"], strict=True):
-        assert entry["image_id"] == sample["image_id"]
-        colours = np.asarray(Image.open(submission / "panoptic" / entry["file_name"])).astype(int)
-        ids = torch.from_numpy(colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2])
-        assert set(ids.unique().tolist()) - {0} == {s["id"] for s in entry["segments_info"]}
-        score.update(ids, entry["segments_info"], *sample["truth"]["panoptic"])
-    assert score.result()["PQ"] == pytest.approx(ours["panoptic"]["PQ"])
+    labels = data / "toycity/gtFine/val/toycity"
+    truths = [labels / f"{stem}_gtFine_instanceIds.png" for stem in stems]
+    theirs = official_instance_ap(tmp_path, truths, texts)["averages"]
+    same(scores["AP"], 100 * theirs["allAp"])
+    same(scores["AP50"], 100 * theirs["allAp50%"])
+    for name, ap in ours["per_class"]["AP"].items():
+        if ap is not None:
+            same(ap, 100 * theirs["classes"][name]["ap"])
+
+    truths = [str(labels / f"{stem}_gtFine_labelIds.png") for stem in stems]
+    theirs = pixel_tool.evaluateImgLists(class_maps, truths, pixel_tool.args)["classScores"]
+    assert len(ours["per_class"]["mIoU"]) == len(samples.categories)
+    same(scores["mIoU"], 100 * np.mean([theirs[name] for name in ours["per_class"]["mIoU"]]))
+
+    categories = [category._asdict() for category in samples.categories]
+    expected = panoptic_slowly(segmentations, categories)
+    same(scores["PQ"], np.mean([pq for pq, _, _ in expected.values()]))
+    for name, (pq, _, _) in expected.items():
+        same(ours["per_class"]["PQ"][name], pq)
 
 
-def test_what_is_saved_for_coco_scores_the_same_there(stage, monkeypatch, tmp_path):
+def test_scores_on_coco_equal_pycocotools(stage, monkeypatch, tmp_path):
     datasets.coco(tmp_path / "coco", count=4)
     samples = open_split("coco_instance", tmp_path, "val")
-    write_run(tmp_path / "run", tmp_path, "coco_instance", samples.categories)
+    model, _ = write_run(tmp_path / "run", tmp_path, "coco_instance", samples.categories)
     monkeypatch.setattr(stage5, "predict", Guess(samples))
-    stage("05_eval", "--run", tmp_path / "run", "--save-predictions")
-    ours = json.loads((tmp_path / "run/results.json").read_text())["benchmarks"]["coco_instance"]["instance"]
+    stage("05_eval", "--run", tmp_path / "run")
+    written = read_results(tmp_path / "run")["scores"]
+    settings = stage5.Settings(device="cpu", workers=0)
+    ours = stage5.evaluate(model, samples, "64", settings, range(len(samples)))["AP"]
+    assert written == {"AP": ours["AP"], "AP50": ours["AP50"]}
+
+    detections = []
+    isthing = [category.isthing for category in samples.categories]
+    for sample in samples:
+        found = stage5.instances(guess(samples, sample), isthing)
+        for mask, label, confidence in zip(*found, strict=True):
+            if not mask.any():
+                continue
+            detection = {
+                "image_id": sample["image_id"],
+                "category_id": samples.categories[label].id,
+                "segmentation": coco_mask(mask.numpy()),
+                "score": confidence.item(),
+            }
+            detections.append(detection)
     truth = COCO(str(samples.coco.file))
-    tool = COCOeval(truth, truth.loadRes(str(tmp_path / "run/submission/coco_instance/instances.json")), "segm")
+    tool = COCOeval(truth, truth.loadRes(detections), "segm")
     tool.evaluate()
     tool.accumulate()
     tool.summarize()
     assert 5 < ours["AP"] < 95
-    for name, value in zip(("AP", "AP50", "AP75"), tool.stats[:3], strict=True):
-        same(ours[name], 100 * value)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    for name, value in zip(names, tool.stats[:6], strict=True):
+        same(ours[name], np.nan if value == -1 else 100 * value)
 
 
-def test_a_model_is_scored_on_its_own_benchmark_and_some_images_on_the_side(stage, data, tmp_path):
+# ------------------------------------------------------------------ what is scored
+def test_a_model_is_scored_on_its_own_benchmark_and_some_images_on_the_side(stage, tmp_path):
     """A model trained on UrbanSyn is scored on Cityscapes' validation split."""
+    root = tmp_path / "data"
+    folder = tmp_path / "run"
+    datasets.cityscapes(root / "cityscapes")
+    _, training = write_run(folder, root, "urbansyn_to_cityscapes_instance", CITYSCAPES_THINGS)
+    stage("05_eval", "--run", folder)
+    whole = (folder / "results.json").read_bytes()
+    results = json.loads(whole)
+    assert list(results) == ["benchmark", "model", "images", "scores", "per_class"]
+    assert results["benchmark"] == "urbansyn_to_cityscapes_instance" and results["images"] == 2
+    for name in ("master", "auxiliary", "stride", "fusion", "seed", "weights"):
+        assert results["model"][name] == training[name]
+    assert results["model"]["steps"] == 0
+    assert list(results["per_class"]) == ["AP"]
+    assert list(results["per_class"]["AP"]) == [category.name for category in CITYSCAPES_THINGS]
+    assert "32.5 (ViT-L)" in (folder / "results.md").read_text()
+    assert "urbansyn train" in (folder / "results.md").read_text()
+
+    stage("05_eval", "--run", folder, "--limit", 1)
+    assert (folder / "results.json").read_bytes() == whole
+    assert read_results(folder, "_limit1")["images"] == 1
+    assert "1 of 2 images" in (folder / "results_limit1.md").read_text()
+    assert (folder / "predictions_limit1.png").is_file()
+
+
+def test_what_cannot_be_evaluated_is_refused(stage, tmp_path):
     root = tmp_path / "data"
     datasets.cityscapes(root / "cityscapes")
     write_run(tmp_path / "run", root, "urbansyn_to_cityscapes_instance", CITYSCAPES_THINGS)
-    stage("05_eval", "--run", tmp_path / "run")
-    whole = (tmp_path / "run/results.json").read_bytes()
-    results = json.loads(whole)["benchmarks"]["urbansyn_to_cityscapes_instance"]
-    assert results["images"] == 2 and list(results["instance"]["per_class"]) == [c.name for c in CITYSCAPES_THINGS]
-    assert "32.5 (ViT-L)" in (tmp_path / "run/results.md").read_text()
-    stage("05_eval", "--run", tmp_path / "run", "--limit", 1, "--save-predictions")
-    assert (tmp_path / "run/results.json").read_bytes() == whole
-    assert "1 of 2 images" in (tmp_path / "run/results_limit1.md").read_text()
-    assert (tmp_path / "run/predictions_limit1.png").is_file() and (tmp_path / "run/submission_limit1").is_dir()
     with pytest.raises(UserError, match="cityscapes is needed and not there: .*--data"):
         stage("05_eval", "--run", tmp_path / "run", "--data", tmp_path / "no")
     with pytest.raises(UserError, match="--images and --compare are two things"):
         stage("05_eval", "--images", tmp_path, "--compare", tmp_path / "run")
-    for flags in (("--compare", tmp_path / "run", "--limit", 3), ("--images", tmp_path, "--save-predictions")):
-        with pytest.raises(UserError, match="go with an evaluation"):
-            stage("05_eval", "--run", tmp_path / "run", *flags)
-    write_run(tmp_path / "other", root, "cityscapes_semantic", CITYSCAPES_THINGS)  # not the classes of its benchmark
+    for flags in (("--compare", tmp_path / "run"), ("--images", tmp_path)):
+        with pytest.raises(UserError, match="--limit goes with an evaluation"):
+            stage("05_eval", "--run", tmp_path / "run", "--limit", 3, *flags)
+    # These are not the classes of the benchmark.
+    write_run(tmp_path / "other", root, "cityscapes_semantic", CITYSCAPES_THINGS)
     with pytest.raises(UserError, match="trained on other classes than those of .*cityscapes"):
         stage("05_eval", "--run", tmp_path / "other")
 
 
 def test_a_checkpoint_of_something_else_is_named(stage, data, tmp_path):
-    write_run(tmp_path / "run", data, "toycity", open_split("toycity", data, "val").categories)
+    categories = open_split("toycity", data, "val").categories
+    write_run(tmp_path / "run", data, "toycity", categories)
     file = tmp_path / "run/checkpoint.pt"
     whole = torch.load(file, weights_only=True)
     whole["model"].popitem()
     for content in ({"a": 1}, whole):
         torch.save(content, file)
-        with pytest.raises(UserError, match="checkpoint.pt is no checkpoint of this project's model") as error:
+        message = "checkpoint.pt is no checkpoint of this project's model"
+        with pytest.raises(UserError, match=message) as error:
             stage("05_eval", "--run", tmp_path / "run")
         assert "\n" not in str(error.value)
 
 
+def test_an_unfinished_training_is_reported_with_the_steps_it_had(data, capsys, tmp_path):
+    categories = open_split("toycity", data, "val").categories
+    recipe = dataclasses.asdict(stage4.RECIPES["toycity"])
+    write_run(tmp_path / "run", data, "toycity", categories, recipe=recipe)
+    model, training = stage5.load_trained(tmp_path / "run")
+    assert "step 0 of 900: training is not finished" in capsys.readouterr().out
+    assert training["recipe"]["steps"] == 0 and not model.training
+
+
 @pytest.mark.parametrize(
-    "benchmark, folder, measure",
+    "benchmark, folder, score",
     [
         ("kitti360_instance", "KITTI-360", "AP_things"),
         ("coco_panoptic", "coco", "PQ_st"),
@@ -151,60 +276,106 @@ def test_a_checkpoint_of_something_else_is_named(stage, data, tmp_path):
         ("cityscapes_semantic", "cityscapes", "mIoU_th"),
     ],
 )
-def test_every_kind_of_benchmark_is_scored_and_drawn(benchmark, folder, measure, stage, monkeypatch, tmp_path):
-    datasets.FOLDERS[folder](tmp_path / folder, BENCHMARKS[benchmark].evaluates_on.split()[1])
+def test_every_kind_of_benchmark_is_scored_and_drawn(
+    benchmark, folder, score, stage, monkeypatch, tmp_path
+):
+    data_set = BENCHMARKS[benchmark].evaluate_on
+    assert data_set.folder == folder
+    datasets.FOLDERS[folder](tmp_path / folder, data_set.splits["val"])
     samples = open_split(benchmark, tmp_path, "val")
     write_run(tmp_path / "run", tmp_path, benchmark, samples.categories)
     monkeypatch.setattr(stage5, "predict", Guess(samples))
     said = stage("05_eval", "--run", tmp_path / "run")
-    scores = json.loads((tmp_path / "run/results.json").read_text())["benchmarks"][benchmark]["scores"]
-    main = BENCHMARKS[benchmark].measures[0]
-    assert scores[measure] > 5 and scores[main] > 5 and f"{scores[main]:.1f}" in said
-    assert BENCHMARKS[benchmark].paper in said and Image.open(tmp_path / "run/predictions.png").size[0] > 500
+    results = read_results(tmp_path / "run")
+    scores = results["scores"]
+    main = BENCHMARKS[benchmark].metrics[0]
+    assert scores[score] > 5 and scores[main] > 5 and f"{scores[main]:.1f}" in said
+    assert BENCHMARKS[benchmark].paper in said
+    assert Image.open(tmp_path / "run/predictions.png").size[0] > 500
     assert list(scores)[0] == main
-    if benchmark == "kitti360_instance":  # the official classes and the paper's
-        per_class = json.loads((tmp_path / "run/results.json").read_text())["benchmarks"][benchmark]["instance"][
-            "per_class"
-        ]
-        present = {name: ap for name, ap in per_class.items() if ap is not None}
-        assert len(per_class) == 9 and {"building", "car"} < set(present)
-        official = [ap for name, ap in present.items() if name not in ("bus", "train")]
-        assert scores["AP"] == pytest.approx(np.mean(official))
-        assert scores["AP_things"] == pytest.approx(np.mean([present[n] for n in present if n != "building"]))
+    if benchmark != "kitti360_instance":
+        return
+    # The means are over the official classes, and over the paper's.
+    per_class = results["per_class"]["AP"]
+    present = {name: ap for name, ap in per_class.items() if ap is not None}
+    assert len(per_class) == 9 and {"building", "car"} < set(present)
+    of_official = [ap for name, ap in present.items() if name not in ("bus", "train")]
+    of_paper = [ap for name, ap in present.items() if name != "building"]
+    assert scores["AP"] == pytest.approx(np.mean(of_official))
+    assert scores["AP_things"] == pytest.approx(np.mean(of_paper))
 
 
-def write_results(folder, stride, miou, fusion, images=6, selection=True, **changes):
-    model = {"benchmark": "toycity", "master": "a", "auxiliary": "b", "stride": stride, "fusion": fusion, "steps": 9}
-    model |= {"master_mode": "ft", "aux_mode": "fz", "seed": 0} | changes
-    scores = {"mIoU": miou, "AP": float("nan")}
-    entry = {"model": model, "benchmarks": {"toycity": {"images": images, "scores": scores}}}
-    run.write_json(folder / "results.json", entry)
-    if selection:
-        scores = {"b": {"EF": {4: 1.0, 8: 3.0, 16: 2.0, 32: 4.0}}}
-        run.write_json(folder / "selection.json", {"score": "ef", "scores": scores})
+# ------------------------------------------------------------------ several runs
+def write_results(folder, stride, miou, fusion):
+    is_alone = fusion == "none"
+    model = {
+        "master": "a",
+        "auxiliary": None if is_alone else "b",
+        "stride": None if is_alone else stride,
+        "fusion": fusion,
+        "master_mode": "finetuned",
+        "aux_mode": "frozen",
+        "seed": 0,
+        "weights": {},
+        "steps": 9,
+    }
+    content = {
+        "benchmark": "toycity",
+        "model": model,
+        "images": 6,
+        "scores": {"mIoU": miou, "AP": float("nan")},
+        "per_class": {},
+    }
+    run.write_json(folder / "results.json", content)
     return folder
 
 
-RUNS = [(8, 40.0, "none"), (4, 41.0, "replace"), (8, 43.0, "replace"), (16, 42.0, "replace"), (32, 39.0, "replace")]
+RUNS = [
+    (8, 40.0, "none"),
+    (4, 41.0, "replace"),
+    (8, 43.0, "replace"),
+    (16, 42.0, "replace"),
+    (32, 39.0, "replace"),
+    (8, 50.0, "add"),
+]
 
 
 def cells(said):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
+    rows = []
+    for line in said.splitlines():
+        if line[:1] == "|":
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
 
 
 def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
-    folders = [write_results(tmp_path / f"{fusion}{stride}_of_a_long_name", stride, *rest, fusion)
-               for stride, *rest, fusion in [*RUNS, (8, 50.0, "add")]]  # fmt: skip
+    folders = []
+    for stride, miou, fusion in RUNS:
+        folder = tmp_path / f"{fusion}{stride}_of_a_long_name"
+        folders.append(write_results(folder, stride, miou, fusion))
     run.write_json(tmp_path / "other/results.json", {"semantic": {"mIoU": 1.0}})
-    said = stage("05_eval", "--compare", *folders, tmp_path / "other", tmp_path / "nothing")
+    (tmp_path / "a_file").write_text("runs/* may name it as well")
+    said = stage(
+        "05_eval",
+        "--compare",
+        *folders,
+        tmp_path / "other",
+        tmp_path / "nothing",
+        tmp_path / "a_file",
+    )
     for left in (tmp_path / "other", tmp_path / "nothing"):
-        assert f"left out: {left} holds no results.json of an evaluation on all images" in said
+        message = f"left out: {left} holds no results.json of an evaluation on all images"
+        assert message in said
+    assert "a_file" not in said
     rows = cells(said)
-    assert rows[0] == ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps", "mIoU", "b_mIoU", "AP", "PQ"]
-    assert [row[4] for row in rows[2:8]] == ["4", "-", "8", "8", "16", "32"]
-    assert ["…a_long_name", "toycity", "a", "-", "-", "none ft", "9", "40.0", "-", "-", "-"] in rows
+    head = ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps"]
+    assert rows[0] == [*head, "mIoU", "b_mIoU", "AP", "PQ"]
+    assert [row[4] for row in rows[2:]] == ["-", "4", "8", "8", "16", "32"]
+    name = "…a_long_name"
+    alone = [name, "toycity", "a", "-", "-", "none finetuned", "9", "40.0", "-", "-", "-"]
+    assert rows[2] == alone
+    added = [name, "toycity", "a", "b", "8", "add finetuned/frozen", "9", "50.0", "-", "-", "-"]
+    assert added in rows
     assert max(len(line) for line in said.splitlines() if line[:1] == "|") <= 120
-    assert any(row[0] == "coco_panoptic" and "56.9" in row for row in rows)  # the paper's table, here alone
-    assert any(row[0] == "toycity" and row[-1] == "50.0, -, -" for row in rows)
     with pytest.raises(UserError, match="none of these folders holds results"):
         stage("05_eval", "--compare", tmp_path)

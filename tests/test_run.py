@@ -38,7 +38,7 @@ def parse(monkeypatch):
     return call
 
 
-# -------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------ settings
 
 
 def test_fields_are_flags_with_their_types(parse):
@@ -100,7 +100,7 @@ def test_what_differs_between_settings_is_named():
         assert str(error.value) == f"x was made with other settings ({names}): stop"
 
 
-# -------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------ files
 
 
 def test_json_has_no_nan_and_a_broken_file_is_named(tmp_path):
@@ -129,7 +129,7 @@ def test_commands_can_be_pasted_into_a_shell():
     assert run.command("04_train.py", Path("my run")) == "python 04_train.py --run 'my run'"
 
 
-# -------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------ text
 
 
 def test_long_lists_are_told_by_their_first_three():
@@ -149,7 +149,7 @@ def test_evenly_spaced_items_begin_with_the_first():
     assert run.evenly_spaced("abc", 5) == ["a", "b", "c"]
 
 
-# -------------------------------------------------------------------------------------- resamples
+# ------------------------------------------------------------------ resamples
 
 
 def test_resamples_weigh_images_and_the_first_is_plain():

@@ -91,7 +91,7 @@ def by_rule(sc=SC, edge=EF, relative=False, **fixed):
     return selection.select(sc, edge, nothing._replace(**fixed), relative)
 
 
-# -------------------------------------------------------------------------------------- the rule
+# ------------------------------------------------------------------ the rule
 
 
 def test_rule_on_one_table_of_means():
@@ -168,7 +168,7 @@ def test_stability_counts_the_rule_on_each_resample():
     assert stability == pytest.approx(shares)
 
 
-# -------------------------------------------------------------------------------------- the stage
+# ------------------------------------------------------------------ the stage
 
 
 def test_readout_counts_the_lead_over_the_master_at_one_stride(tmp_path, choose):

@@ -1,111 +1,148 @@
-"""The study of fusion: one way trained and evaluated for real, and its sums on a table made for the purpose."""
+"""The study of fusion: ways that are really trained, and its sums on a table made for that."""
 
-import importlib
 import json
 
 from common import run
 from common.datasets import open_split
+from common.encoders import STRIDES
 
 import numpy as np
 import pytest
 import study
 
-stage3 = importlib.import_module("03_select")
-STRIDES = (4, 8, 16, 32)
 SELECTION = {"master": "m", "auxiliary": "a", "stride": 8}
+GAINS = {
+    "alone": 0,
+    "auxiliary": -4,
+    "os4": 1,
+    "os8": 3,
+    "os16": 2,
+    "os32": -1,
+    "turned": -2,
+    "tuned": 4,
+}
 
 
-def made(gains, seeds=3):
-    """A table in which each way gains so much over the master alone, give or take a tenth of a point."""
-    draw, table = np.random.default_rng(0), {}
+def make_table(gains, seeds=3):
+    """A table in which each way gains so much over the master alone, and a tenth of noise."""
+    random = np.random.default_rng(0)
+    table = {}
     for seed in range(seeds):
-        base = 50 + 3 * draw.standard_normal()  # what the seeds share falls out of the difference
+        # What the ways of a seed share falls out of the difference.
+        base = 50 + 3 * random.standard_normal()
         for way, gain in gains.items():
-            table[way, seed] = {"mIoU": base + gain + 0.1 * draw.standard_normal(), "AP": 10 + gain}
+            noise = 0.1 * random.standard_normal()
+            table[way, seed] = {"mIoU": base + gain + noise, "AP": 10 + gain}
     return table
 
 
-GAINS = {"alone": 0, "auxiliary": -4, "os4": 1, "os8": 3, "os16": 2, "os32": -1, "turned": -2, "tuned": 4}
-
-
 def test_differences_are_taken_seed_by_seed():
-    table = made(GAINS)
-    gain, half, seeds = study.difference(table, "os8", "alone", "mIoU")
+    table = make_table(GAINS)
+    gain = study.difference(table, "os8", "alone", "mIoU")
     each = [table["os8", s]["mIoU"] - table["alone", s]["mIoU"] for s in range(3)]
-    assert seeds == [0, 1, 2]
-    assert gain == pytest.approx(np.mean(each))
-    assert half == pytest.approx(4.3027 * np.std(each, ddof=1) / 3**0.5, rel=1e-4)  # Student's t, two degrees
-    assert half < 1 < np.std([table["os8", s]["mIoU"] for s in range(3)])
+    assert gain.seeds == [0, 1, 2]
+    assert gain.mean == pytest.approx(np.mean(each))
+    # Student's t has two degrees of freedom here.
+    expected = 4.3027 * np.std(each, ddof=1) / 3**0.5
+    assert gain.interval == pytest.approx(expected, rel=1e-4)
+    assert gain.interval < 1 < np.std([table["os8", s]["mIoU"] for s in range(3)])
     del table["alone", 1]
-    assert study.difference(table, "os8", "alone", "mIoU")[2] == [0, 2]
-    assert np.isnan(study.difference(table, "os8", "nowhere", "mIoU")[0])
+    assert study.difference(table, "os8", "alone", "mIoU").seeds == [0, 2]
+    del table["alone", 2]
+    single = study.difference(table, "os8", "alone", "mIoU")
+    assert single.mean == pytest.approx(each[0]) and np.isnan(single.interval)
+    assert np.isnan(study.difference(table, "os8", "nowhere", "mIoU").mean)
 
 
 def test_a_peak_is_held_against_the_best_stride():
     profiles = {"m": [0.1, 0.1, 0.7, 0.1], "a": [0.2, 0.4, 0.8, 0.1]}
-    scores = {
-        source: {
-            str(s): {"EF": {"mean": s}, "EF_RELEASED": {"mean": -s}, "ER": {"mean": v}}
-            for s, v in zip(STRIDES, er, strict=True)
-        }
-        for source, er in profiles.items()
-    }
-    rows = [
-        line.split("|")[1:-1] for line in study.peaks(made(GAINS), {"scores": scores}, SELECTION, "mIoU").splitlines()
-    ]
-    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    scores = {}
+    for source, profile in profiles.items():
+        scores[source] = {}
+        for stride, er in zip(STRIDES, profile, strict=True):
+            scores[source][str(stride)] = {
+                "EF": {"mean": stride},
+                "EF_RELEASED": {"mean": -stride},
+                "ER": {"mean": er},
+            }
+    metrics = {"scores": scores}
+    rows = {}
+    for line in study.peaks(make_table(GAINS), metrics, SELECTION, "mIoU").splitlines():
+        name, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        rows[name] = cells
     assert rows["mIoU gained"][4] == "OS 8"
     assert rows["EF"][4:] == ["OS 32", "-0.40"]  # 1, 3, 2, -1 and a rise
     assert rows["EF_RELEASED"][4:] == ["OS 4", "0.40"]
     assert rows["ER"][4] == "OS 16"
     assert rows["ER, lead over the master's"][:5] == ["0.10", "0.30", "0.10", "0.00", "OS 8"]
-    table = {key: scores for key, scores in made(GAINS).items() if key[0] != "os32"}
-    assert study.peaks(table, {"scores": scores}, SELECTION, "mIoU") == "some strides are not trained yet\n"
+
+    scores["a"]["32"]["ER"]["mean"] = None
+    assert "ER" not in study.peaks(make_table(GAINS), metrics, SELECTION, "mIoU").split()
+
+    table = make_table(GAINS)
+    for seed in range(3):
+        del table["os32", seed]
+    unfinished = "some strides are not trained yet\n"
+    assert study.peaks(table, metrics, SELECTION, "mIoU") == unfinished
 
 
 def test_ways_are_what_they_say():
-    assert study.flags_of("auxiliary", SELECTION) == ["--fusion", "none", "--master", "a", "--auxiliary", "m"]
-    assert study.flags_of("turned", SELECTION) == ["--master", "a", "--auxiliary", "m", "--stride", 8]
+    alone = ["--fusion", "none"]
+    assert study.flags_of("alone", SELECTION) == alone
+    assert study.flags_of("auxiliary", SELECTION) == [*alone, "--master", "a"]
+    swapped = ["--master", "a", "--auxiliary", "m", "--stride", 8]
+    assert study.flags_of("turned", SELECTION) == swapped
     assert study.flags_of("os16", SELECTION) == ["--stride", "16"]
-    assert study.flags_of("tuned", SELECTION) == ["--stride", 8, "--aux-mode", "ft"]
+    assert study.flags_of("tuned", SELECTION) == ["--stride", 8, "--aux-mode", "finetuned"]
 
 
 @pytest.mark.slow
 def test_study_trains_once_and_goes_on_where_it_stopped(tmp_path, data, stage, monkeypatch):
-    """With two ways of the eight; the last picture, tables and figure come from what study.csv holds."""
+    """Three ways of the eight. In the end, all comes from what study.csv holds."""
     folder = tmp_path / "r"
+    pair = ("--master", "tiny_hiera", "--auxiliary", "tiny_vit", "--stride", 8)
     stage("01_extract", "--run", folder, "--data", data, "--limit", 4, "--size", "64x128")
     stage("02_metrics", "--run", folder)
-    stage("03_select", "--run", folder, "--master", "tiny_hiera", "--auxiliary", "tiny_vit", "--stride", 8)
-    monkeypatch.setattr(study, "WAYS", ("alone", "os8"))
-    words = ["study.py", "--run", str(folder), "--seeds", "0", "--", "--steps", "1", "--queries", "10"]
+    stage("03_select", "--run", folder, *pair)
+    monkeypatch.setattr(study, "WAYS", ("alone", "auxiliary", "os8"))
+    words = ["study.py", "--run", str(folder), "--seeds", "0", "--"]
+    words += ["--steps", "1", "--queries", "10"]
+    out = tmp_path / "r_study"
     monkeypatch.setattr("sys.argv", words)
     study.main()
-    table = study.read_table(tmp_path / "r_study/study.csv")
-    assert set(table) == {("alone", 0), ("os8", 0)}
-    trained = json.loads((tmp_path / "r_study/os8_0/results.json").read_text())
-    assert trained["model"]["stride"] == 8
-    assert trained["model"]["steps"] == 1
-    assert table["os8", 0]["mIoU"] == pytest.approx(trained["benchmarks"]["toycity"]["scores"]["mIoU"])
-    assert (tmp_path / "r_study/study.png").stat().st_size > 10_000
-    text = (tmp_path / "r_study/study.md").read_text()
-    assert "fused at s* over alone: mIoU" in text
+    table = study.read_table(out / "study.csv")
+    assert set(table) == {("alone", 0), ("auxiliary", 0), ("os8", 0)}
+    results = json.loads((out / "os8_0/results.json").read_text())
+    assert results["model"]["stride"] == 8
+    assert results["model"]["steps"] == 1
+    assert table["os8", 0]["mIoU"] == pytest.approx(results["scores"]["mIoU"])
+    assert table["os8", 0]["IoU of road"] == pytest.approx(results["per_class"]["mIoU"]["road"])
+    model = json.loads((out / "auxiliary_0/results.json").read_text())["model"]
+    assert (model["master"], model["auxiliary"], model["fusion"]) == ("tiny_vit", None, "none")
+    assert (out / "study.png").stat().st_size > 10_000
+    assert "fused at s* over alone: mIoU" in (out / "study.md").read_text()
 
     monkeypatch.setattr("sys.argv", [*words[:-1], "11"])
-    with pytest.raises(run.UserError, match=r"flags was .*\"10\".*now.*\"11\".*another --out"):
+    with pytest.raises(run.UserError, match=r"other settings \(flags\): give another --out"):
         study.main()
-    (tmp_path / "r_study/study.csv").unlink()  # the trainings' own results answer
+    (out / "study.csv").unlink()  # The trainings' own results are still there.
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
     study.main()
-    assert study.read_table(tmp_path / "r_study/study.csv") == table
+    assert study.read_table(out / "study.csv") == table
     monkeypatch.undo()
-    monkeypatch.setattr("sys.argv", ["study.py", "--run", str(folder), "--out", str(tmp_path / "x"), "--report"])
+    words = ["study.py", "--run", str(folder), "--out", str(tmp_path / "x"), "--report"]
+    monkeypatch.setattr("sys.argv", words)
     with pytest.raises(run.UserError, match=r"study\.json|x is missing"):
         study.main()
 
 
 def test_thin_classes_are_told_from_large_ones(data):
-    thin = study.thin_share(open_split("toycity", data, "val"))
+    samples = open_split("toycity", data, "val")
+    thin = study.thin_share(samples)
     assert thin["pole"] > 0.4
     assert thin["road"] < 0.1
+    kinds = study.kinds_of_classes(samples)
+    assert set(kinds["things"]) == {"person", "car", "truck"}
+    assert sorted(kinds["things"] + kinds["stuff"]) == sorted(thin)
+    assert "pole" in kinds["thin"] and "road" in kinds["large"]
