@@ -1,17 +1,17 @@
 """Stage 1: run frozen encoders over images and keep their feature maps.
 
-    python 01_extract.py                                   the embedded benchmark, toycity
+    python 01_extract.py                                   the shipped example, toycity
     python 01_extract.py --images holiday/ --encoders dinov3_b sam2_b        no labels needed
     python 01_extract.py --benchmark cityscapes_instance --data /datasets --encoders dinov3_b sam2_b
     python 01_extract.py --benchmark own_semantic --data fields/ --encoders dinov3_b sam2_b
 
 Each image is resized to a working size and passes once through each encoder. The feature maps are
-stored at their native strides, in float16. Files that are whole are kept, so an interrupted run
-goes on where it stopped, and an encoder added to --encoders is the only one that runs. An image
-that cannot be read is named and left out.
+stored in float16, at the strides that the encoder itself has (its native strides). Complete files
+are kept, so an interrupted run goes on where it stopped, and after a name is added to --encoders
+only that encoder runs. An image that cannot be read is named and left out.
 
-Of people's own labelled data sets, all labels are looked at first. Their images keep their size if
-every short side is at most 512 pixels, else the short side becomes 512.
+With --benchmark own_… all labels are checked first. Images keep their size if none has a short side
+above 512 pixels, as enlarging adds nothing. Else each short side becomes 512.
 
 Writes run.json, features/<encoder>/<image>.safetensors and features.png to the run folder.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import figures, own_data, run
-from common.datasets import find_benchmark, open_split
+from common.datasets import BENCHMARKS, find_benchmark, open_split
 from common.encoders import ENCODERS, load_encoder, weights_origin
 from common.images import list_images, read_image, read_run_image, resize_image, working_size
 from common.run import CORES, DEVICES, UserError, flag, natural, positive, require
@@ -37,8 +37,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 ENCODER_NAMES = ", ".join(ENCODERS)
+# Their versions stand in run.json.
 PACKAGES = ("torch", "torchvision", "timm", "sam2", "transformers", "numpy")
-SIZES = "HEIGHTxWIDTH, a short side, SHORT/LONGEST or original (default: the benchmark's, or 512)"
+SIZE_HELP = (
+    "512x1024 (height x width), 512 (short side), 800/1333 (short side, limit of the long side) "
+    "or original (default: the benchmark's, or 512)"
+)
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Settings:
     run: Path | None = flag(
         None, "run folder (default: runs/ and the benchmark's or folder's name)"
     )
-    benchmark: str | None = flag(None, "take its training images (default: toycity)")
+    benchmark: str | None = flag(None, f"{', '.join(BENCHMARKS)} (default: toycity)")
     images: Path | None = flag(None, "take the images of a folder instead", metavar="FOLDER")
     data: Path = flag(Path("data"), "folder of the data sets; for own_… the data set's own")
     encoders: tuple[str, ...] = flag(
@@ -58,8 +62,8 @@ class Settings:
     limit: int | None = flag(
         None, "images at most (default: 24 of toycity, else 200)", type=positive
     )
-    size: str | None = flag(None, SIZES)
-    seed: int = flag(0, "of random weights, samples and resamples", type=natural)
+    size: str | None = flag(None, SIZE_HELP)
+    seed: int = flag(0, "seed of all random numbers, in later stages too", type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "processes that read images", type=natural)
 
@@ -68,17 +72,19 @@ def choose_weights(encoders, options):
     """--weights as {encoder: "pretrained", "none" or a file}. UserError for an unknown option."""
     require(len(set(encoders)) == len(encoders), f"--encoders names one twice: {encoders}")
     weights = dict.fromkeys(encoders, "pretrained")
-    for option in options:
-        if option in ("pretrained", "none"):
-            weights = dict.fromkeys(encoders, option)
-    # A single encoder's file overrules the option for all.
+    files = {}
     for option in options:
         name, _, file = option.partition("=")
-        if file and name in encoders:
-            weights[name] = str(Path(file).resolve())
+        if option in ("pretrained", "none"):
+            weights = dict.fromkeys(encoders, option)
         else:
-            expected = "expected pretrained, none, or NAME=FILE with NAME one of --encoders"
-            require(option in ("pretrained", "none"), f"--weights {option}: {expected}")
+            require(
+                file and name in encoders,
+                f"--weights {option}: expected pretrained, none, or NAME=FILE with NAME one of "
+                "--encoders",
+            )
+            files[name] = str(Path(file).resolve())
+    weights.update(files)  # an encoder's own file overrules the word for all
     return weights
 
 
@@ -101,9 +107,9 @@ def choose_images(settings):
         size = find_benchmark(settings.benchmark).size
         if settings.benchmark.startswith("own_"):
             val = open_split(settings.benchmark, settings.data, "val")
-            longest = own_data.check_labels(train, val, settings.workers)
+            largest_short_side = own_data.check_labels(train, val, settings.workers)
             chosen["held_out"] = sorted(val.held_out)
-            if longest <= 512:
+            if largest_short_side <= 512:
                 size = "original"
     limit = settings.limit or (24 if settings.benchmark == "toycity" else 200)
     chosen["images"] = run.evenly_spaced(names, limit)
@@ -125,7 +131,7 @@ class Images(Dataset):
         self.root = root
         self.names = names
         self.size = size
-        self.exif = exif
+        self.exif = exif  # turn images by their EXIF tag? Labels lie on the pixels as stored
 
     def __len__(self):
         return len(self.names)
@@ -150,12 +156,14 @@ class Images(Dataset):
 def check_name(path, name):
     """UserError for a name under which no feature file can be written."""
     try:
+        # File systems allow 255 bytes, and the endings need some.
         parts = name.encode().split(b"/")
         fits = max(map(len, parts)) <= 200
     except UnicodeEncodeError:  # bytes that are no UTF-8
         fits = False
-    advice = "its name is too long, or no text, for a feature file: rename it"
-    require(fits, f"{ascii(str(path))}: {advice}")
+    require(
+        fits, f"{ascii(str(path))}: its name is too long, or no text, for a feature file: rename it"
+    )
 
 
 def file_version(path):
@@ -180,9 +188,12 @@ def find_missing(folder, encoders, root, names):
                 missing[encoder].add(name)
                 continue
             try:
-                with safe_open(path, "np") as file:  # compares its length with its header
+                # safe_open refuses a file whose length is not what its header says.
+                with safe_open(path, "np") as file:
                     made_from = (file.metadata() or {}).get("image")
-                problem = None if made_from == version else f"{image_path} has changed since"
+                problem = None
+                if made_from != version:
+                    problem = f"{image_path} has changed since its features were made"
             except (SafetensorError, OSError) as error:
                 problem = f"it is damaged ({error})"
             if problem:
@@ -196,9 +207,10 @@ def open_run(folder, config):
 
     Returns run.json's content. UserError if it differs.
     """
-    # Without features/ an earlier run failed at once, perhaps on its weights: it is overwritten.
+    # A run.json without features/ is of a run that stored nothing yet: it may be overwritten.
     if (folder / "run.json").is_file() and (folder / "features").is_dir():
         before = run.read_stage(folder, "run.json", "01_extract.py")
+        # If encoders are only added, the settings of the earlier ones must be as they were.
         compared = dict(config)
         adds_encoders = set(before["encoders"]) < set(config["encoders"])
         if adds_encoders:
@@ -216,14 +228,14 @@ def open_run(folder, config):
 # ------------------------------------------------------------------ extraction
 @torch.inference_mode()
 def extract(encoders, missing, loader, folder, device):
-    """Write the feature file of each image and encoder that lacks it.
+    """Write the feature files that are missing, one for each image and encoder.
 
     loader: yields ReadImages, one at a time, as their sizes may differ. Returns {image: reason} of
     those that cannot be used.
     """
     left_out = {}
     waiting = []
-    # The encoders go on while files are written, by a few images at most.
+    # Files are written in a thread while the encoders run on. At most four images wait for it.
     with ThreadPoolExecutor(1) as writer:
         for name, image, version, error in tqdm(loader, "extracting", unit="image"):
             if error:
@@ -233,6 +245,7 @@ def extract(encoders, missing, loader, folder, device):
             for encoder in encoders:
                 if name not in missing[encoder.name]:
                     continue
+                # {native stride: [1, C, h, w]}
                 native = encoder(image[None].to(device, non_blocking=True))
                 path = run.feature_path(folder, encoder.name, name)
                 waiting.append(writer.submit(write_features, path, native, version))
@@ -285,8 +298,10 @@ def report(folder, run_config, names):
 def main():
     settings = run.parse(__doc__, Settings)
     weights = choose_weights(settings.encoders, settings.weights)
-    both = "--images and --benchmark are two sources of images: give one"
-    require(not (settings.images and settings.benchmark), both)
+    require(
+        not (settings.images and settings.benchmark),
+        "--images and --benchmark are two sources of images: give one",
+    )
     if not settings.images:
         settings.benchmark = settings.benchmark or "toycity"
     if settings.size:

@@ -1,6 +1,6 @@
 """Stage 2: measure which way each encoder leans, at each output stride, without labels.
 
-    python 02_metrics.py                     the embedded benchmark, runs/toycity
+    python 02_metrics.py                     the shipped example, runs/toycity
     python 02_metrics.py --run runs/mine     any run folder that 01_extract.py has filled
 
 Structural Coherence (SC) asks whether a feature map is made of large, distinct regions. Edge
@@ -10,9 +10,10 @@ compares encoders at one output stride. A score means something where it clears 
 need no encoder: white noise, the image itself, and the image shifted.
 
 From Python, structural_coherence(features) and edge_fidelity(features, image) score one feature
-map. The stage reads run.json and features/. It writes metrics.csv (a row for each image, source
-and stride), metrics.json (means with 95 % bootstrap intervals over the images), metrics.png (the
-scores by stride) and edges.png (each encoder's edges at the stride where its EF peaks).
+map. The stage reads run.json and features/. It writes metrics.csv (a row for each image, source and
+stride, where a source is an encoder or a control), metrics.json (means with 95 % bootstrap
+intervals over the images), metrics.png (the scores by stride) and edges.png (each encoder's edges
+at the stride where its EF peaks).
 """
 
 import csv
@@ -36,12 +37,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 CONTROLS = ("noise", "image", "shifted")
-# Structural Coherence and its parts: structured feature contrast, structural clustering score
-SC_SCORES = ("SFC", "SCS", "SC")
-# Edge Fidelity and its parts: edge concentration, near-edge concentration and what lies far from
-# the image's edges; frequency content, of the feature norm and of the first principal component;
-# spatial precision; then the paper's product, and that of the authors' released code
-EF_SCORES = ("EC", "NC", "FAR", "FC", "FC_PCA", "SP", "EF", "EF_RELEASED")
+SC_SCORES = (
+    "SFC",  # structured feature contrast
+    "SCS",  # structural clustering score
+    "SC",  # Structural Coherence
+)
+EF_SCORES = (
+    "EC",  # edge concentration: the share of edge strength in the core zone
+    "NC",  # near-edge concentration: in the near zone
+    "FAR",  # the rest
+    "FC",  # frequency content of the feature norm
+    "FC_PCA",  # of the first principal component, as in the authors' code
+    "SP",  # spatial precision
+    "EF",  # Edge Fidelity: the paper's product
+    "EF_RELEASED",  # that of the authors' code
+)
 SCORES = (*SC_SCORES, *EF_SCORES, "ER")
 
 # structured feature contrast
@@ -54,7 +64,8 @@ DIMENSIONS = 32  # principal components
 CLUSTERS = (6, 8, 10)
 RESTARTS = 10
 LLOYD_STEPS = 100
-LLOYD_TOLERANCE = 1e-4  # k-means has converged once its centres move by less, of the variance
+# k-means has converged once its centres move by less than this share of the points' variance.
+LLOYD_TOLERANCE = 1e-4
 SILHOUETTE_POSITIONS = 2000
 
 # edge concentration
@@ -63,19 +74,22 @@ R_IN = 2  # the core zone around the image's edges, in map pixels
 R_OUT = 4  # the near zone
 
 # frequency content
-HIGH_FREQUENCY = 0.15  # radius of the spectrum from which on power is detail
-CLIP_PCA = 8  # standard deviations
+HIGH_FREQUENCY = 0.15  # of the highest frequency, the spectrum's corner: above it is detail
+CLIP_PCA = 8  # standard deviations, where FC_PCA clips the component
 
 # spatial precision
-RADII = 16
-SIMILARITY_THRESHOLD = 0.5
-SP_SCALE = 64
+RADIUS_COUNT = 16  # radii that are tried
+LARGEST_RADIUS = 0.6  # of the map's shorter side
+SIMILARITY_THRESHOLD = 0.5  # of Pearson's correlation
+SP_SCALE = 64  # map pixels at which SP falls to one half
 
 # linear edge probe
 PROBE_POSITIONS = 2048
 FOLDS = 4
-RIDGE = 0.01  # of the channels' summed variance, so that a channel given twice changes nothing
-WAVES = 4  # cosines along each axis
+RIDGE = 0.01  # times the number of channels: repeating all channels leaves ER as it is
+WAVES = 4  # cosines along each axis, by which position is regressed out
+
+NOISE_CHANNELS = 64  # of the control
 
 
 @dataclass
@@ -84,7 +98,7 @@ class Settings:
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "images at a time, each on a core of its own", type=positive)
     seed: int | None = flag(
-        None, "of samples, noise and resamples (default: the run's)", type=natural
+        None, "seed of samples, noise and resamples (default: the run's)", type=natural
     )
 
 
@@ -103,7 +117,7 @@ def is_degenerate(features):
     for a single pixel.
     """
     norm = channel_norm(features)
-    return not norm.std() > 1e-4 * norm.mean()
+    return not norm.std() > 1e-4 * norm.mean()  # "<=" would be False for NaN
 
 
 def standardise(values):
@@ -123,7 +137,8 @@ def principal_components(positions, count):
     """Positions [n, C] in their first principal components: [n, min(count, n, C)]."""
     positions = positions - positions.mean(0)
     if len(positions) < positions.shape[1]:
-        # With fewer positions than channels, the n x n products have the same components.
+        # Cheaper with few positions: the eigenvectors of their n x n products, times the roots of
+        # the eigenvalues, are the positions in their principal components.
         variances, coordinates = torch.linalg.eigh(positions @ positions.T)  # rising variance
         components = coordinates * variances.clamp_min(0).sqrt()
     else:
@@ -140,7 +155,7 @@ def structural_coherence(features, seed=0):
         SC = sqrt(SFC * SCS)
 
     features: [C, H, W], any float type, any device. Returns {"SFC", "SCS", "SC": float in [0, 1]}.
-    A degenerate map scores 0. seed: of the positions and of k-means.
+    A degenerate map scores 0. seed: for the choice of positions and the start of k-means.
     """
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
@@ -162,8 +177,10 @@ def structured_feature_contrast(norm):
     columns = min(CELLS, norm.shape[1])
     height = norm.shape[0] // rows  # of a cell
     width = norm.shape[1] // columns
+    # Standardised, so that the floor of 1e-6 below means the same on any map
     cells = standardise(norm)[: rows * height, : columns * width]
-    cells = cells.reshape(rows, height, columns, width).transpose(1, 2).flatten(2)
+    cells = cells.reshape(rows, height, columns, width).transpose(1, 2)
+    cells = cells.flatten(2)  # [rows, columns, pixels of a cell]
     between = cells.mean(2).var(correction=0)
     within = cells.var(2, correction=0).mean().clamp_min(1e-6)
     return (between / (between + within)).item()
@@ -184,10 +201,11 @@ def structural_clustering_score(features, seed):
     silhouettes = []
     for k in CLUSTERS:
         labels = kmeans(points, k, generator)  # [n]
-        # Each cluster keeps its share of the sample: every so many-th position, by label.
+        # A stratified sample: evenly spaced among the positions sorted by label, so that each
+        # cluster keeps its share.
         count = min(SILHOUETTE_POSITIONS, len(points))
-        every = torch.linspace(0, len(points) - 1, count, device=points.device).round().long()
-        picks = labels.argsort(stable=True)[every]
+        places = torch.linspace(0, len(points) - 1, count, device=points.device).round().long()
+        picks = labels.argsort(stable=True)[places]
         silhouettes.append(silhouette(points[picks], labels[picks], k))
     return (float(np.median(silhouettes)) + 1) / 2
 
@@ -230,7 +248,7 @@ def first_component(features):
 class Edges(NamedTuple):
     """Where a map has edges, and where they lie beside the image's.
 
-    All are [H-2, W-2]: the outermost pixels have no gradient.
+    All are [H-2, W-2]: the outermost pixels are left out, as their gradient rests on padding.
     """
 
     strength: torch.Tensor  # of the map's edges, 0 elsewhere
@@ -267,9 +285,11 @@ def edge_concentration(edges):
 def sobel(values):
     """Magnitude of the Sobel gradient (kernel / 4, replicate padding) of a map [H, W]."""
     values = F.pad(values[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
-    down = (values[:-2] + 2 * values[1:-1] + values[2:]) / 4  # smoothed along the columns
-    across = (values[:, :-2] + 2 * values[:, 1:-1] + values[:, 2:]) / 4
-    return torch.hypot(down[:, 2:] - down[:, :-2], across[2:] - across[:-2])
+    smoothed_down = (values[:-2] + 2 * values[1:-1] + values[2:]) / 4
+    smoothed_across = (values[:, :-2] + 2 * values[:, 1:-1] + values[:, 2:]) / 4
+    difference_across = smoothed_down[:, 2:] - smoothed_down[:, :-2]
+    difference_down = smoothed_across[2:] - smoothed_across[:-2]
+    return torch.hypot(difference_across, difference_down)
 
 
 def strongest(gradient):
@@ -296,14 +316,15 @@ def image_edges(image, size):
 
 
 def thinned_image_edges(image, size):
-    """The image's edges on a map of `size`, at the maxima across them: bool [H-2, W-2]."""
+    """The image's edges on a map of `size`, where largest among 3 x 3 pixels: bool [H-2, W-2]."""
     gradient = image_edges(image, size)  # [H, W]
     inner = gradient[1:-1, 1:-1]
     low = inner.min()
     contrast = inner.max() - low
     if contrast < 1e-6:  # an image without contrast has no edges
         return torch.zeros_like(inner, dtype=torch.bool)
-    # The border lies outside the range that is stretched.
+    # Stretched to [0, 1], so that the tolerance of 1e-6 below means the same on any image. The
+    # border does not set the range and is clamped to it.
     gradient = ((gradient - low) / contrast).clamp(0, 1)
     inner = gradient[1:-1, 1:-1]
     is_maximum = inner >= F.max_pool2d(gradient[None], 3, stride=1)[0] - 1e-6
@@ -313,7 +334,7 @@ def thinned_image_edges(image, size):
 def frequency_content(values):
     """FC of a standardised map [H, W]: its share of spectral power at radius >= 0.15.
 
-    Radius 1 is the corner of the spectrum. The mean of the windowed map counts as power, too.
+    Radius 1 is the corner of the spectrum. The power at frequency 0 is not left out of the sum.
     """
     height, width = values.shape
     rows = torch.hann_window(height, periodic=False, device=values.device)
@@ -335,23 +356,26 @@ def spatial_precision(norm):
 
     On real maps r is nearly always 1.
     """
-    blurred = F.avg_pool2d(norm[None], 3, stride=1, padding=1)[0]  # its zero padding counts
+    # The mean of 3 x 3 pixels, with zeros for those beyond the border
+    blurred = F.avg_pool2d(norm[None], 3, stride=1, padding=1)[0]
     detail = standardise(norm - blurred)
     height, width = detail.shape
-    largest = max(1, math.floor(0.6 * min(height, width)))
+    largest = max(1, math.floor(LARGEST_RADIUS * min(height, width)))
     # Up to 16 radii at equal ratios; rounding makes some of them equal.
-    radii = np.unique(np.geomspace(1, largest, RADII).round().astype(int)).tolist()
+    radii = np.unique(np.geomspace(1, largest, RADIUS_COUNT).round().astype(int)).tolist()
     for r in radii:
         similarities = []
         # The correlation with the opposite shift is the same, so four directions do for eight.
         for dy, dx in ((r, 0), (0, r), (r, r), (r, -r)):
             left, right = max(0, -dx), max(0, dx)
+            # What the map and the map shifted by (dy, dx) have in common
             here = detail[dy:, right : width - left]
             there = detail[: height - dy, left : width - right]
             products = standardise(here) * standardise(there)
             similarities.append(products.sum() / (here.numel() - 1))
         if torch.stack(similarities).mean() < SIMILARITY_THRESHOLD:
             break
+    # Where none is below the threshold, r is the largest radius.
     return 1 / (1 + r / SP_SCALE)
 
 
@@ -359,13 +383,14 @@ def spatial_precision(norm):
 class EdgeProbe:
     """Predicts the edges of images from a source's maps at one stride, by ridge regression (ours).
 
-        w  = (G + RIDGE * C * I)^-1 g    G [C, C]: correlations of the channels with each other,
-                                         g [C]: with the edges, means over the images of other folds
-        ER = Pearson's r of X w and the edges, for each image, in [-1, 1]
+        w  = (G + RIDGE * C * I)^-1 g    G [C, C]: correlations of the channels with each other
+                                         g [C]: of the channels with the edges
+        ER = Pearson's r of X w with an image's edges, in [-1, 1]; X [n, C] are its positions
 
-    It is about 0 for a map that knows nothing of the image but where in it a position lies. It
-    compares maps of one stride and of the same images: more images raise it. Folds are blocks of
-    neighbouring images, as those may be frames of one video.
+    G and g are means over the images of the other folds. Folds are blocks of neighbouring images,
+    as those may be frames of one video. ER is about 0 for a map that encodes position only, and
+    nothing that the image shows. Compare it at one stride and over the same images only: with more
+    images to fit, it rises.
     """
 
     def __init__(self, images):
@@ -407,12 +432,12 @@ def probe_samples(features, edges, seed=0):
     deviation 1. They are 0 for a degenerate map, and for one that is too small.
     """
     sample, waves = probe_positions(*edges.shape, seed, edges.device)
-    points = features.flatten(1).index_select(1, sample)  # [C, n]
-    if is_degenerate(points[:, None]):
+    points = features.flatten(1).index_select(1, sample)[:, None]  # [C, 1, n], a map of one row
+    if is_degenerate(points):
         points = torch.zeros_like(points)
-    columns = torch.cat([points, edges.flatten()[None, sample]])  # [C+1, n]
-    columns = standardised_positions(columns[:, None])  # [n, C+1]
-    if len(columns) <= 2 * WAVES**2:
+    edges = edges.flatten()[None, None, sample]  # [1, 1, n]
+    columns = standardised_positions(torch.cat([points, edges]))  # [n, C+1]
+    if len(columns) <= 2 * WAVES**2:  # position would explain most of so few
         return torch.zeros_like(columns)
     columns = columns - waves @ (waves.T @ columns)
     std = columns.square().mean(0).sqrt()
@@ -442,7 +467,7 @@ def control_map(control, image, stride, seed):
     width = image.shape[2] // stride
     if control == "noise":
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(64, height, width, generator=generator).to(image.device)
+        return torch.randn(NOISE_CHANNELS, height, width, generator=generator).to(image.device)
     if control == "shifted":
         image = image.roll((image.shape[1] // 3, image.shape[2] // 3), dims=(1, 2))
     return F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
@@ -521,10 +546,10 @@ def score_images(settings, run_config, names):
         for probe in probes.values():
             probe.fit()
 
-        def probe(index):
+        def probe_at(index):
             return probe_image(settings, run_config, names[index], index, probes)
 
-        probed = pool.map(probe, range(len(names)))
+        probed = pool.map(probe_at, range(len(names)))
         for scores, er_of in zip(table, tqdm(probed, "edge probe", len(names)), strict=True):
             for key, er in er_of.items():
                 scores[key]["ER"] = er
@@ -585,8 +610,8 @@ def edge_rows(settings, run_config, names, summary):
         image, maps = read_image_and_maps(settings, run_config, name)
         panels = []
         for encoder in run_config["encoders"]:
-            profile = summary[encoder]
-            stride = max(STRIDES, key=lambda s, profile=profile: profile[str(s)]["EF"]["mean"])
+            ef = {s: summary[encoder][str(s)]["EF"]["mean"] for s in STRIDES}
+            stride = max(ef, key=ef.get)
             features = maps[encoder, stride]
             if min(features.shape[1:]) < 3:
                 continue
@@ -633,19 +658,19 @@ def report(metrics, folder):
 
 # ------------------------------------------------------------------ k-means and silhouette
 def kmeans(points, k, generator):
-    """Cluster points [n, D] by k-means: labels int64 [n] of the best of RESTARTS runs.
+    """Cluster points [n, D] by k-means: labels int64 [n] of the best of RESTARTS starts.
 
-    All runs take Lloyd's steps together, until the best of them has converged.
+    All starts take Lloyd's steps side by side, until the best of them has converged.
     """
-    centres = spread_seeds(points, k, generator)  # [R, k, D]
+    centres = first_centres(points, k, generator)  # [R, k, D]
     threshold = LLOYD_TOLERANCE * points.var(0, correction=0).mean()
     for _ in range(LLOYD_STEPS):
         distance = squared_distances(centres, points)  # [R, k, n]
         nearest = distance.amin(1, keepdim=True)  # [R, 1, n]
         best = nearest.sum(2).argmin()  # by its inertia
-        # A minimum is found much faster than its index, and eq_() is faster than ==. Two centres
-        # on the same spot share their points and stay together.
-        member = distance.eq_(nearest)  # 1 or 0
+        # The index of the minimum would be slow, so distances are compared with it, in place. Two
+        # centres on one spot share their points and stay together, which does no harm.
+        member = distance.eq_(nearest)  # [R, k, n], 1.0 or 0.0
         size = member.sum(2, keepdim=True)  # [R, k, 1]
         means = member @ points / size.clamp_min(1)
         moved = torch.where(size > 0, means, centres)  # the centre of an empty cluster stays
@@ -656,26 +681,27 @@ def kmeans(points, k, generator):
     return squared_distances(centres[best], points).argmin(0)
 
 
-def spread_seeds(points, k, generator):
-    """Seeds [RESTARTS, k, D] for k-means, far from each other (k-means++).
+def first_centres(points, k, generator):
+    """Points [RESTARTS, k, D] far from each other, for k-means to start from (k-means++).
 
-    Each is drawn in proportion to its squared distance to the nearest seed before it.
+    Each is drawn in proportion to its squared distance to the nearest one before it.
     """
     first = torch.randint(len(points), (RESTARTS, 1), generator=generator)
-    seeds = points[first.to(points.device)]  # [R, 1, D]
+    centres = points[first.to(points.device)]  # [R, 1, D]
     nearest = torch.tensor(torch.inf, device=points.device)
     for _ in range(k - 1):
-        distance = squared_distances(seeds[:, -1], points)  # [R, n], to the last seed
+        distance = squared_distances(centres[:, -1], points)  # [R, n], to the last one
         nearest = torch.minimum(nearest, distance)
-        likelihood = nearest.cpu() + 1e-12  # there may be fewer points than seeds
+        likelihood = nearest.cpu() + 1e-12  # there may be fewer different points than centres
         drawn = torch.multinomial(likelihood, 1, generator=generator)
-        seeds = torch.cat([seeds, points[drawn.to(points.device)]], dim=1)
-    return seeds
+        centres = torch.cat([centres, points[drawn.to(points.device)]], dim=1)
+    return centres
 
 
 def squared_distances(centres, points):
     """Squared distances of centres [..., D] to points [n, D]: [..., n]."""
     flat = centres.flatten(0, -2)
+    # |c - p|^2 = |c|^2 + |p|^2 - 2 c.p
     squares = flat.square().sum(1, keepdim=True) + points.square().sum(1)
     distances = torch.addmm(squares, flat, points.T, alpha=-2)
     return distances.clamp_min(0).unflatten(0, centres.shape[:-1])
@@ -695,8 +721,8 @@ def silhouette(points, labels, k):
     total = (member.T @ distance).T  # [n, k], twice as fast as distance @ member
     size_of_own = size[labels]  # [n]
     inside = total.gather(1, labels[:, None])[:, 0] / (size_of_own - 1).clamp_min(1)
-    not_other = (member > 0) | (size == 0)
-    outside = (total / size.clamp_min(1)).masked_fill(not_other, torch.inf).amin(1)
+    own_or_empty = (member > 0) | (size == 0)
+    outside = (total / size.clamp_min(1)).masked_fill(own_or_empty, torch.inf).amin(1)
     scores = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
     return torch.where((size_of_own > 1) & outside.isfinite(), scores, 0).mean().item()
 
@@ -705,8 +731,11 @@ def silhouette(points, labels, k):
 def finished_run(folder):
     """Read run.json of a finished extraction, and list the images that can be used."""
     run_config = run.read_stage(folder, "run.json", "01_extract.py")
-    again = "start 01_extract.py again with the flags it had, it goes on where it stopped"
-    require("left_out" in run_config, f"the extraction into {folder} has not ended: {again}")
+    require(
+        "left_out" in run_config,
+        f"the extraction into {folder} has not ended: start 01_extract.py again with the "
+        "flags it had, it goes on where it stopped",
+    )
     return run_config, [n for n in run_config["images"] if n not in run_config["left_out"]]
 
 
@@ -719,7 +748,8 @@ def main():
     encoders = run_config["encoders"]
 
     torch.set_num_threads(1)
-    torch.linalg.eigh(torch.eye(2, device=settings.device))  # two threads must not load it at once
+    # On a GPU the first eigh loads its library, which two threads must not do at once.
+    torch.linalg.eigh(torch.eye(2, device=settings.device))
     table = score_images(settings, run_config, names)
     write_scores(folder / "metrics.csv", table, names)
     metrics = {

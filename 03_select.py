@@ -10,8 +10,8 @@ averaged over the strides, becomes the master. Among the others, the one whose E
 peaks highest becomes the auxiliary. The stride of that peak, s*, is where the auxiliary's feature
 map will replace the master's.
 
-With --score readout the linear edge probe (ER) stands in place of EF. As ER compares encoders at
-one stride, its lead over the master's ER counts, whose feature map is to be replaced.
+With --score readout the linear edge probe (ER) takes the place of EF. ER can be compared at one
+stride only, so what counts is how far the auxiliary's ER exceeds the master's at that stride.
 
 Reads metrics.json and metrics.csv. Writes selection.json and draws the choice into metrics.png.
 """
@@ -31,6 +31,8 @@ CONTROL_CONFIDENCE = 0.975  # the share of resamples in which a winner must exce
 CHOICE_STABILITY = 0.9  # the share of resamples that must choose the same
 FEW_IMAGES = 10  # resamples of fewer images say little about other images
 SCORE_COLUMNS = {"ef": "EF", "ef_released": "EF_RELEASED", "readout": "ER"}
+# White noise has a low SC but at the coarsest stride, so images are an encoder's rivals in SC.
+# In EF white noise scores high, as it has most high frequencies.
 SC_CONTROLS = ("image", "shifted")
 EDGE_CONTROLS = {"EF": ("noise",), "EF_RELEASED": ("noise",), "ER": ("noise", "image")}
 
@@ -47,7 +49,7 @@ class Settings:
 
 # ------------------------------------------------------------------ the rule
 class Choice(NamedTuple):
-    """Something for each part of the choice."""
+    """A value for each part: an index, a lead, or None where nothing is fixed."""
 
     master: int | float | None
     auxiliary: int | float | None
@@ -58,17 +60,17 @@ def select(sc, edge, fixed, relative=False):
     """Choose master, auxiliary and stride (rule: paper).
 
     sc, edge: mean scores of the candidates, [encoders, strides]. fixed: a Choice of indices that
-    are chosen by hand, each None where the rule chooses. relative: `edge` compares encoders at one
-    stride only, so the auxiliary's lead over the master's counts.
+    are chosen by hand, each None where the rule chooses. relative: True for ER, of which the lead
+    over the master's counts.
 
     Returns two Choices: of indices, and of each winner's lead over the second best. A lead of 0 is
     a tie, and it is infinite where there is no second.
     """
     # The master has the highest SC, averaged over the strides.
-    structure = sc.mean(1)  # [encoders]
+    mean_sc = sc.mean(1)  # [encoders]
     if fixed.auxiliary is not None:
-        structure[fixed.auxiliary] = -np.inf
-    master, master_lead = best(structure, fixed.master)
+        mean_sc[fixed.auxiliary] = -np.inf
+    master, master_lead = best(mean_sc, fixed.master)
     if relative:
         edge = edge - edge[master]
     # The auxiliary is the one of the others whose edge score peaks highest, and s* is that peak.
@@ -81,7 +83,7 @@ def select(sc, edge, fixed, relative=False):
 
 
 def best(values, fixed):
-    """The index of the highest value and its lead over the second best, or what is fixed."""
+    """The index of the highest value, and its lead over the second. A fixed index has no rival."""
     if fixed is not None:
         return fixed, np.inf
     second, highest = np.sort(values)[-2:]
@@ -98,11 +100,15 @@ def fixed_by_hand(settings, metrics):
         if value is None:
             indices.append(None)
             continue
-        here = f"{value} is not in {settings.run}: the encoders there are {', '.join(encoders)}"
-        require(value in values, here)
+        require(
+            value in values,
+            f"{value} is not in {settings.run}: there are {', '.join(map(str, values))}",
+        )
         indices.append(values.index(value))
-    both = f"master and auxiliary are both {settings.master}: fusion needs two encoders"
-    require(settings.master is None or settings.master != settings.auxiliary, both)
+    require(
+        settings.master is None or settings.master != settings.auxiliary,
+        f"master and auxiliary are both {settings.master}: fusion needs two encoders",
+    )
     return Choice(*indices)
 
 
@@ -117,12 +123,15 @@ def read_scores(folder, metrics, column, weights):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             values = [float(row[column]) for row in csv.DictReader(file)]
-        values = np.array(values).reshape(shape)  # [images, sources, strides]
+        # 02_metrics.py writes the rows by image, then by source, then by stride.
+        values = np.array(values).reshape(shape)
     except (OSError, KeyError, ValueError, TypeError) as error:
         again = run.command("02_metrics.py", folder)
         raise UserError(f"{path} cannot be used ({error!r}): run `{again}` again") from None
-    missing = f"{folder} has no {column}: it needs more images, see 02_metrics.py"
-    require(np.isfinite(values).all(), missing)
+    require(
+        np.isfinite(values).all(),
+        f"{folder} has no {column}: it needs more images, see 02_metrics.py",
+    )
     return np.tensordot(weights, values, axes=1)
 
 
@@ -153,7 +162,7 @@ def control_warnings(metrics, selection, sc, edge):
     column = selection["score_column"]
     master = sources.index(selection["master"])
     auxiliary = sources.index(selection["auxiliary"])
-    at = metrics["strides"].index(selection["stride"])
+    stride_index = metrics["strides"].index(selection["stride"])
 
     def compare(what, values, winner, rival):
         # values: [1 + resamples, sources]
@@ -167,12 +176,13 @@ def control_warnings(metrics, selection, sc, edge):
                 f"({CONTROL_CONFIDENCE:.1%} are required)"
             )
 
+    edge_at_stride = edge[:, :, stride_index]
     at_stride = f"{column} of {selection['auxiliary']} at OS {selection['stride']}"
     for control in EDGE_CONTROLS[column]:
-        compare(at_stride, edge[:, :, at], auxiliary, control)
+        compare(at_stride, edge_at_stride, auxiliary, control)
     if column == "ER":
         # If the master's own map does better, a worse map would replace it.
-        compare(at_stride, edge[:, :, at], auxiliary, selection["master"])
+        compare(at_stride, edge_at_stride, auxiliary, selection["master"])
     for control in SC_CONTROLS:
         mean = f"SC of {selection['master']}, mean over strides"
         compare(mean, sc.mean(2), master, control)
@@ -184,9 +194,9 @@ def data_warnings(metrics):
     warnings = []
     for encoder, counts in metrics["degenerate"].items():
         if any(counts.values()):
-            numbers = ", ".join(map(str, counts.values()))
-            maps = f"of {metrics['images']} maps at each stride {numbers} of {encoder}"
-            warnings.append(f"{maps} are constant or not finite, and score 0")
+            by_stride = ", ".join(f"{count} at OS {stride}" for stride, count in counts.items())
+            of_all = f"of {metrics['images']} maps are constant or not finite, and score 0"
+            warnings.append(f"{encoder}: {by_stride} {of_all}")
     for encoder in metrics["random_weights"]:
         says = "its scores say nothing about the trained one"
         warnings.append(f"{encoder} has RANDOM weights (--weights none): {says}")
@@ -228,16 +238,18 @@ def explain(selection, metrics):
         scores = metrics["scores"]
         er = scores[selection["auxiliary"]][at]["ER"]["mean"]
         lead = er - scores[selection["master"]][at]["ER"]["mean"]
-        edges = "furthest ahead of the master in ER"
-        peak = f"where the auxiliary's ER leads the master's most, by {lead:.2f}"
+        why_auxiliary = "furthest ahead of the master in ER among the others"
+        why_stride = f"where the auxiliary's ER leads the master's most, by {lead:.2f}"
     else:
-        edges = f"highest {column} at any stride"
-        peak = f"where the auxiliary's {column} peaks"
+        why_auxiliary = f"highest {column} at any stride among the others"
+        why_stride = f"where the auxiliary's {column} peaks"
     if len(metrics["encoders"]) == 2:
-        edges = "the only other encoder"
-    else:
-        edges = f"{edges} among the others"
-    reasons = {"master": "highest SC, mean over strides", "auxiliary": edges, "stride": peak}
+        why_auxiliary = "the only other encoder"
+    reasons = {
+        "master": "highest SC, mean over strides",
+        "auxiliary": why_auxiliary,
+        "stride": why_stride,
+    }
     for part in selection["chosen_by_hand"]:
         reasons[part] = "chosen by hand"
     return reasons
@@ -249,9 +261,9 @@ def report(folder, metrics, selection):
         print(f"{part:12}{selection[part]:<15} {reason}")
     stability = selection["stability"]
     text = (
-        f"in {RESAMPLES} resamples of the {metrics['images']} images the same pair in "
-        f"{stability['pair']:.0%}, stride in {stability['stride']:.0%}, both in "
-        f"{stability['all']:.0%}"
+        f"of {RESAMPLES} bootstrap resamples of the {metrics['images']} images, "
+        f"{stability['pair']:.0%} choose the same pair, {stability['stride']:.0%} the same stride, "
+        f"{stability['all']:.0%} both"
     )
     if selection["chosen_by_hand"]:
         text += f" ({', '.join(selection['chosen_by_hand'])} held fixed)"
@@ -274,9 +286,11 @@ def main():
     encoders = metrics["encoders"]
     column = SCORE_COLUMNS[settings.score]
     relative = column == "ER"
-    alone = f"`{run.command('04_train.py', folder)} --fusion none` trains it alone"
-    single = f"a pair needs two encoders and {folder} has one, {encoders[0]}: {alone}"
-    require(len(encoders) > 1, single)
+    require(
+        len(encoders) > 1,
+        f"a pair needs two encoders and {folder} has one, {encoders[0]}: "
+        f"`{run.command('04_train.py', folder)} --fusion none` trains it alone",
+    )
     fixed = fixed_by_hand(settings, metrics)
 
     # Row 0 holds the plain means, each other row those of a resample of the images.
@@ -291,8 +305,11 @@ def main():
     choice, leads = select(candidate_sc[0], candidate_edge[0], fixed, relative)
     # A tie would be settled by the order of the encoders.
     for part, lead in leads._asdict().items():
-        cause = "all are 0 where maps are degenerate, like an untrained ViT's"
-        require(lead > 0, f"scores tie for the {part} ({cause}): choose by hand with --{part}")
+        require(
+            lead > 0,
+            f"scores tie for the {part} (maps that are constant, as an untrained ViT's, score 0): "
+            f"choose by hand with --{part}",
+        )
     stability = measure_stability(candidate_sc[1:], candidate_edge[1:], choice, fixed, relative)
 
     selection = {

@@ -8,8 +8,9 @@
     torchrun --nproc_per_node=8 -- 04_train.py --recipe mask2former  two on each of eight GPUs
 
 The master is fine-tuned at a tenth of the decoder's learning rate, and the auxiliary stays frozen.
-A Mask2Former decoder is trained from scratch on both. There is one training stage with one loss.
-Each part of a batch has a loss of its own, over its own segments, and gradients are averaged.
+A Mask2Former decoder is trained from scratch on both, at the same time and with its usual loss.
+With --accumulate or several GPUs, each part of a batch divides its loss by its own number of
+segments, and gradients are averaged: nearly, not exactly, the loss of the whole batch.
 
 An interrupted training goes on from its last checkpoint with the same command. On a CPU it ends at
 the same weights, to the last bit, as one that was not interrupted.
@@ -18,6 +19,7 @@ Reads run.json of --run, and selection.json unless an encoder is trained alone. 
 checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
 
+import argparse
 import math
 import os
 import signal
@@ -60,13 +62,21 @@ class Settings:
     master: str | None = flag(None, "instead of the selected one", metavar="NAME")
     auxiliary: str | None = flag(None, "instead of the selected one", metavar="NAME")
     stride: int | None = flag(None, "instead of the selected one", choices=(4, 8, 16, 32))
-    fusion: str = flag("replace", "none trains the master alone", choices=FUSIONS)
+    fusion: str = flag(
+        "replace",
+        "replace the master's map, concat or add to it, or none: the master alone",
+        choices=FUSIONS,
+    )
     master_mode: str = flag("finetuned", choices=MODES)
     aux_mode: str = flag("frozen", choices=MODES)
     recipe: str = flag(
-        "release", "the authors', 3 images a step, or 16", choices=("release", "mask2former")
+        "release",
+        "of the authors' release, 3 images a step, or of Mask2Former, 16 images a step",
+        choices=("release", "mask2former"),
     )
-    accumulate: int = flag(1, "parts of a step, one after the other", type=positive)
+    accumulate: int = flag(
+        1, "parts of a batch, one after the other, to save memory", type=positive
+    )
     save_every: int | None = flag(
         None, "steps between checkpoints (default: 1000, on a CPU 200)", type=positive
     )
@@ -78,19 +88,21 @@ class Settings:
 def crop_size(text):
     """The type of --crop."""
     height, _, width = text.partition("x")
-    numbers = height.isdecimal() and width.isdecimal()
-    form = "expected HEIGHTxWIDTH in pixels, multiples of 32, as 512x1024"
-    require(numbers, f"--crop {text}: {form}")
-    sides = (int(height), int(width))
-    require(min(sides) > 0 and sides[0] % 32 == sides[1] % 32 == 0, f"--crop {text}: {form}")
+    sides = (0, 0)
+    if height.isdecimal() and width.isdecimal():
+        sides = (int(height), int(width))
+    require(
+        all(side > 0 and side % 32 == 0 for side in sides),
+        f"--crop {text}: expected HEIGHTxWIDTH in pixels, multiples of 32, as 512x1024",
+    )
     return sides
 
 
 def not_negative(text):
-    """The type of flags that are finite numbers from 0."""
+    """The type of a flag that is a finite number from 0."""
     number = float(text)
     if not 0 <= number < math.inf:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0")
     return number
 
 
@@ -116,7 +128,7 @@ class Recipe:
         0.1, "the encoders' learning rate, relative to the decoder's", type=not_negative
     )
     milestones: tuple[int, ...] = flag(
-        (), "steps at which the learning rate falls to a tenth; if empty, it decays", nargs="*"
+        (), "steps at which the learning rate falls to a tenth; none: --poly-power", nargs="*"
     )
     poly_power: float = flag(1.0, "of the decay (1 - step / steps)^power", type=not_negative)
     weight_decay: float = flag(0.05, type=not_negative)
@@ -154,9 +166,8 @@ ADE20K = Recipe(
     poly_power=0.9,
 )
 KITTI360 = Recipe(crop=(384, 672), resize=(413, 752), longest=1504, test_size="original")
-# A small decoder, for a CPU. Encoders of a million parameters, pretrained for minutes, have less
-# to keep than real ones: hence toycity's high multiplier.
-TINY_DECODER = {
+# A small decoder and how it learns, for a CPU
+TINY = {
     "hidden_dim": 64,
     "queries": 50,
     "pixel_decoder_layers": 2,
@@ -173,8 +184,8 @@ TOYCITY = Recipe(
     crop=(160, 320),
     resize=(188, 300),
     test_size="224",
-    encoder_multiplier=0.4,
-    **TINY_DECODER,
+    encoder_multiplier=0.4,  # encoders that were pretrained for minutes have little to keep
+    **TINY,
 )
 RECIPES = {
     "toycity": TOYCITY,
@@ -201,7 +212,7 @@ def fit_recipe(samples, device):
     print(f"fitted a recipe to {found}, on {device}")
     if device == "cuda":
         most_pixels = 2**20
-        # Epochs are near those of street scenes, 180.
+        # Somewhat fewer epochs than the release's on Cityscapes, 180
         epochs, least_steps, most_steps = 150, 5000, 180_000
         decoder = {}
     else:
@@ -210,11 +221,12 @@ def fit_recipe(samples, device):
         epochs, least_steps, most_steps = 10, 400, 2000
         # Its learning rate suits a pretrained encoder, too: on CamVid, 200 steps of an EfficientNet
         # alone gave mIoU 45.5 at 2e-3, 40.0 at 1e-3, 37.8 at 5e-4 (40 test images, one seed).
-        decoder = TINY_DECODER
+        decoder = TINY
     scale = min(1, (most_pixels / (height * width)) ** 0.5)
     short = max(32, round(scale * min(height, width)))
     batch_size = 4
     steps = epochs * len(samples) // batch_size
+    # The size "original" only rounds to multiples of 32.
     return Recipe(
         steps=min(max(least_steps, steps), most_steps),
         batch_size=batch_size,
@@ -227,30 +239,38 @@ def fit_recipe(samples, device):
 
 def choose_recipe(recipe, settings, changes):
     """The recipe with what the command line changes. UserError for what cannot be trained."""
-    if settings.recipe == "mask2former" and recipe.batch_size == 3:  # the release's
-        recipe = replace(recipe, batch_size=16)
-        if not recipe.milestones:
-            recipe = replace(recipe, steps=90_000, poly_power=0.9)
+    if settings.recipe == "mask2former":
+        # The release's recipes are those of 3 images. ADE20K's is Mask2Former's own already.
+        if recipe.batch_size != Recipe.batch_size:
+            print("--recipe mask2former changes nothing for this benchmark")
+        elif recipe.milestones:
+            recipe = replace(recipe, batch_size=16)
+        else:
+            recipe = replace(recipe, batch_size=16, steps=90_000, poly_power=0.9)
     steps = changes.get("steps", recipe.steps)
     require(steps >= 0, f"--steps {steps}: may not be negative")
-    if steps == 0:  # to be described
+    if steps == 0:  # nothing is trained, and the recipe is described as it stands
         steps = recipe.steps
-    # Milestones move along with the number of steps.
+    # Milestones move along with the number of steps, unless the command line gives them.
     milestones = tuple(round(at * steps / recipe.steps) for at in recipe.milestones)
-    recipe = replace(recipe, milestones=milestones)
-    recipe = replace(recipe, **{**changes, "steps": steps})
+    recipe = replace(recipe, **{"milestones": milestones, **changes, "steps": steps})
 
     smaller, larger = recipe.resize
-    order = "--resize: expected two sides in pixels, the smaller one first"
-    require(0 < smaller <= larger, order)
+    require(0 < smaller <= larger, "--resize: expected two sides in pixels, the smaller one first")
     fits = recipe.hidden_dim % 32 == 0 and recipe.hidden_dim % recipe.heads == 0
-    multiple = f"must be a multiple of 32 and of --heads, {recipe.heads}"
-    require(fits, f"--hidden-dim {recipe.hidden_dim}: {multiple}")
+    require(
+        fits,
+        f"--hidden-dim {recipe.hidden_dim}: must be a multiple of 32 and of --heads, "
+        f"{recipe.heads}",
+    )
     working_size(512, 512, recipe.test_size)  # UserError for a size that means nothing
     parts = WORLD * settings.accumulate
     shared = f"{WORLD} process(es) with --accumulate {settings.accumulate}"
-    uneven = f"--batch-size {recipe.batch_size} cannot be shared evenly by {shared}"
-    require(recipe.batch_size % parts == 0, f"{uneven}: change one of these")
+    require(
+        recipe.batch_size % parts == 0,
+        f"--batch-size {recipe.batch_size} cannot be shared evenly by {shared}: change one of "
+        "these",
+    )
     return recipe
 
 
@@ -269,6 +289,7 @@ class TrainCrops:
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.samples))
+        # 0 and 1 keep the random numbers of the order and of the augmentation apart.
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
         random = np.random.default_rng((self.seed, 1, n))
         return augment(self.samples[order[place]], self.recipe, random)
@@ -309,22 +330,22 @@ def augment(sample, recipe, random):
     image = F.pad(image, padding, value=PADDING)
     masks = F.pad(masks, padding)
 
-    learned = masks.flatten(1).any(1) & ~sample["iscrowd"]
-    labels = sample["labels"][learned]
-    return {"image": image, "masks": masks[learned], "labels": labels, "name": sample["name"]}
+    is_target = masks.flatten(1).any(1) & ~sample["iscrowd"]
+    labels = sample["labels"][is_target]
+    return {"image": image, "masks": masks[is_target], "labels": labels, "name": sample["name"]}
 
 
 def crop_masks(sample, box, size):
     """The masks of a sample's segments in a box (top, left, height, width): bool [S, *size]."""
-    if sample.get("rles"):  # they may overlap
-        planes = torch.from_numpy(rle.decode(sample["rles"])).permute(2, 0, 1)  # [S, H, W]
-        planes = TF.crop(planes, *box)[:, None]
-        return F.interpolate(planes, size, mode="nearest-exact")[:, 0].bool()
-    numbers = torch.arange(1, len(sample["labels"]) + 1)[:, None, None]
-    if "rles" in sample:  # an image without instances
+    if "segments" in sample:
+        numbers = torch.arange(1, len(sample["labels"]) + 1)[:, None, None]
+        segments = TF.crop(sample["segments"], *box)[None, None].float()
+        return F.interpolate(segments, size, mode="nearest-exact")[0] == numbers
+    if not sample["rles"]:  # an image without instances
         return torch.zeros(0, *size, dtype=torch.bool)
-    plane = TF.crop(sample["segments"], *box)[None, None].float()
-    return F.interpolate(plane, size, mode="nearest-exact")[0] == numbers
+    masks = torch.from_numpy(rle.decode(sample["rles"])).permute(2, 0, 1)  # [S, H, W]
+    masks = TF.crop(masks, *box)[:, None]
+    return F.interpolate(masks, size, mode="nearest-exact")[:, 0].bool()
 
 
 def jitter_colours(image, random):
@@ -388,10 +409,10 @@ def load_micro_batches(samples, recipe, seed, settings, first):
 def make_optimiser(model, recipe):
     """AdamW with the encoders at their own learning rate.
 
-    Norms, biases, embeddings and tables of positions have no weight decay.
+    Norms, biases, embeddings and positional encodings have no weight decay.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables = ("pos_embed", "rel_pos", "relative_position", "level_embed", "_token")
+    encodings = ("pos_embed", "rel_pos", "relative_position", "level_embed", "_token")
     groups = {}  # {(learning rate, weight decay): parameters}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -399,8 +420,8 @@ def make_optimiser(model, recipe):
         learning_rate = recipe.learning_rate
         if name.startswith(("pyramid.master.", "pyramid.auxiliary.")):
             learning_rate *= recipe.encoder_multiplier
-        is_table = id(parameter) in embeddings or any(word in name for word in tables)
-        decays = parameter.ndim > 1 and not is_table
+        is_embedding = id(parameter) in embeddings or any(word in name for word in encodings)
+        decays = parameter.ndim > 1 and not is_embedding
         weight_decay = recipe.weight_decay if decays else 0.0
         groups.setdefault((learning_rate, weight_decay), []).append(parameter)
     options = []
@@ -436,8 +457,8 @@ def train(model, samples, training, settings, folder, checkpoint=None):
         model.load_state_dict(checkpoint["model"])
         optimiser.load_state_dict(checkpoint["optimiser"])
         first = checkpoint["step"]
-        checkpoint.clear()  # it is as large as what it filled
-    learner = share_gradients(model, first, device)
+        checkpoint.clear()  # frees its memory: it holds weights and moments a second time
+    parallel_model = wrap_for_processes(model, first, device)
     micro_batches = load_micro_batches(samples, recipe, training["seed"], settings, first)
     signals = collect_signals()
     log = open_log(folder, first)
@@ -454,18 +475,20 @@ def train(model, samples, training, settings, folder, checkpoint=None):
 
         terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
         image_names = []
-        for micro_batch in range(accumulate):
+        for micro_batch_index in range(accumulate):
             # ---------------------------------------------------------- forward
             images, masks, labels, names = next(micro_batches)
             image_names += names
             stopped = f"training stopped in step {step + 1}, images {', '.join(image_names)}"
-            # The loss samples points. No two micro-batches of a training draw the same ones.
-            part = RANK * accumulate + micro_batch
+            # The loss samples points, and no two micro-batches of a training draw the same ones:
+            # steps stay below 2^40, and trainings of different seeds lie a million steps apart.
+            part = RANK * accumulate + micro_batch_index
             torch.manual_seed(training["seed"] * 1_000_003 + step + (part << 40))
             if WORLD > 1:  # processes average their gradients once a step
-                learner.require_backward_grad_sync = micro_batch == accumulate - 1
+                is_last_part = micro_batch_index == accumulate - 1
+                parallel_model.require_backward_grad_sync = is_last_part
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                outputs = learner(images)
+                outputs = parallel_model(images)
             # ---------------------------------------------------------- loss
             try:
                 losses = model.losses(outputs, masks, labels)
@@ -479,7 +502,7 @@ def train(model, samples, training, settings, folder, checkpoint=None):
         require(norm.isfinite(), f"{stopped}: the gradient is not finite")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        # -------------------------------------------------------------- log, of the first process
+        # -------------------------------------------------------------- log
         terms = terms.tolist()
         loss = sum(terms)
         seconds = time.perf_counter() - began
@@ -497,14 +520,19 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     return signals[0] if stop else None
 
 
-def share_gradients(model, first, device):
-    """The model to call in training: its backward pass averages the gradients of all processes."""
+def wrap_for_processes(model, first, device):
+    """The model to call in training, whose backward pass averages the processes' gradients.
+
+    UserError if they do not begin at the same step.
+    """
     if WORLD == 1:
         return model
     total = torch.tensor(first, device=device)
     dist.all_reduce(total)
-    differ = "not all processes read the same checkpoint: can all of them see the run folder?"
-    require(total == first * WORLD, differ)
+    require(
+        total == first * WORLD,
+        "not all processes read the same checkpoint: can all of them see the run folder?",
+    )
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -524,7 +552,7 @@ def collect_signals():
 def open_log(folder, first):
     """Open log.csv to append to it, with the rows up to step `first` of an earlier start."""
     path = folder / "log.csv"
-    if RANK:
+    if RANK > 0:  # only the first process logs its losses
         path = Path(os.devnull)
     else:
         rows = [",".join(LOG_COLUMNS)]
@@ -544,13 +572,15 @@ def read_log(folder):
         values = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
         return dict(zip(LOG_COLUMNS, values.T, strict=True))
     except (OSError, ValueError):
-        gone = f"training is complete, but {path} is gone or damaged"
-        raise UserError(f"{gone}: there is nothing to report or draw") from None
+        raise UserError(
+            f"training is complete, but {path} is gone or damaged: there is nothing to report "
+            "or draw"
+        ) from None
 
 
 def save_checkpoint(folder, model, optimiser, step, training):
     """Write checkpoint.pt. Learning rate, data and random numbers follow from step and seed."""
-    if RANK:
+    if RANK > 0:
         return
     content = {
         "model": model.state_dict(),
@@ -565,8 +595,9 @@ def save_checkpoint(folder, model, optimiser, step, training):
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's word for a full disk is "unexpected pos"
-            full = f"no checkpoint could be written to {folder}, is the disk full?"
-            raise UserError(f"{full} ({error})") from None
+            raise UserError(
+                f"no checkpoint could be written to {folder}, is the disk full? ({error})"
+            ) from None
 
 
 def load_checkpoint(folder, training):
@@ -599,51 +630,71 @@ def join_processes(device):
         torch.set_float32_matmul_precision("high")  # TF32
     if WORLD > 1:
         dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs
-    if RANK:
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open until the process ends
 
 
 def choose_selection(settings, run_config, folder):
-    """What is trained: selection.json with what the command line changes.
+    """What is trained, as in selection.json. Without fusion, auxiliary and stride are None.
 
     UserError if that is no pair, or needs a folder of its own.
     """
+    is_separate = folder.resolve() != settings.run.resolve()
+    require(
+        not (is_separate and (folder / "features").exists()),
+        f"{folder} holds features, it is a run of its own: give another --out",
+    )
+    if settings.fusion == "none":
+        return select_alone(settings, run_config, is_separate)
+    return select_pair(settings, is_separate)
+
+
+def select_pair(settings, is_separate):
+    """selection.json with what the command line changes."""
+    selection = run.read_stage(settings.run, "selection.json", "03_select.py")
     requested = {}
     for part in ("master", "auxiliary", "stride"):
         if getattr(settings, part) is not None:
             requested[part] = getattr(settings, part)
-    has_selection = (settings.run / "selection.json").is_file()
-    if settings.fusion == "none":
-        unused = "--fusion none has no auxiliary: leave --auxiliary and --stride out"
-        require(not requested.keys() & {"auxiliary", "stride"}, unused)
-    if settings.fusion == "none" and not has_selection:
-        # One encoder needs no selection.
-        encoders = run_config["encoders"]
-        several = f"choose one of {', '.join(encoders)} with --master"
-        require(settings.master or len(encoders) == 1, several)
-        selection = {"master": settings.master or encoders[0], "chosen_by_hand": ["master"]}
-        is_ablation = False
-    else:
-        selection = run.read_stage(settings.run, "selection.json", "03_select.py")
-        modes = (settings.fusion, settings.master_mode, settings.aux_mode)
-        is_ablation = bool(requested) or modes != ("replace", "finetuned", "frozen")
-        by_hand = {*selection["chosen_by_hand"], *requested}
-        selection = {**selection, **requested, "chosen_by_hand": sorted(by_hand)}
-    if settings.fusion == "none":
-        selection["auxiliary"] = selection["stride"] = None
-    same = f"master and auxiliary are both {selection['master']}: choose two, or --fusion none"
-    require(selection["master"] != selection["auxiliary"], same)
-
-    is_separate = folder.resolve() != settings.run.resolve()
-    not_selected = f"this is not the selection of {settings.run}"
-    advice = "give it its own folder with --out"
-    require(is_separate or not is_ablation, f"{not_selected}: {advice}")
-    is_run = is_separate and (folder / "features").exists()
-    require(not is_run, f"{folder} holds features, it is a run of its own: give another --out")
+    modes = (settings.fusion, settings.master_mode, settings.aux_mode)
+    is_ablation = requested or modes != ("replace", "finetuned", "frozen")
+    require(
+        is_separate or not is_ablation,
+        "an encoder, stride, fusion or mode other than selected needs its own folder with --out",
+    )
+    selection.update(requested)
+    selection["chosen_by_hand"] = sorted({*selection["chosen_by_hand"], *requested})
+    require(
+        selection["master"] != selection["auxiliary"],
+        f"master and auxiliary are both {selection['master']}: choose two, or --fusion none",
+    )
     return selection
 
 
-def choose_weights(selection, run_config):
+def select_alone(settings, run_config, is_separate):
+    """The encoder of --fusion none: it is named, the run's only one, or the selected master."""
+    require(
+        settings.auxiliary is None and settings.stride is None,
+        "--fusion none has no auxiliary: leave --auxiliary and --stride out",
+    )
+    has_selection = (settings.run / "selection.json").is_file()
+    require(
+        is_separate or not has_selection,
+        f"{settings.run} has a selected pair, so --fusion none needs its own folder with --out",
+    )
+    encoders = run_config["encoders"]
+    if settings.master:
+        master = settings.master
+    elif has_selection:
+        master = run.read_stage(settings.run, "selection.json", "03_select.py")["master"]
+    else:
+        require(len(encoders) == 1, f"choose one of {', '.join(encoders)} with --master")
+        master = encoders[0]
+    by_hand = ["master"] if settings.master else []
+    return {"master": master, "auxiliary": None, "stride": None, "chosen_by_hand": by_hand}
+
+
+def weights_as_measured(selection, run_config):
     """{encoder: weights} of those in use, and {encoder: where they come from}.
 
     UserError if they are not those that were measured.
@@ -657,9 +708,11 @@ def choose_weights(selection, run_config):
         weights[encoder] = run_config["weights"].get(encoder, "pretrained")
         now = weights_origin(encoder, weights[encoder])
         before = run_config["weights_from"].get(encoder, now)
-        other = f"{encoder} was measured with other weights ({before}) than these ({now})"
-        advice = "bring those back, or begin with 01_extract.py and another --run"
-        require(now == before, f"{other}: {advice}")
+        require(
+            now == before,
+            f"{encoder} was measured with other weights ({before}) than these ({now}): bring "
+            "those back, or begin with 01_extract.py and another --run",
+        )
         weights_from[encoder] = now
         if weights[encoder] == "none":
             print(f"WARNING: {encoder} starts from random weights")
@@ -708,10 +761,12 @@ def main():
     folder = settings.out or settings.run
     run_config = run.read_stage(settings.run, "run.json", "01_extract.py")
     benchmark = run_config["benchmark"]
-    unlabelled = f"{settings.run} holds images without labels"
-    require(benchmark, f"{unlabelled}: training needs a run made with --benchmark")
+    require(
+        benchmark,
+        f"{settings.run} holds images without labels: training needs a run made with --benchmark",
+    )
     selection = choose_selection(settings, run_config, folder)
-    weights, weights_from = choose_weights(selection, run_config)
+    weights, weights_from = weights_as_measured(selection, run_config)
     # Random weights have nothing to keep, so they learn as fast as the decoder.
     if weights[selection["master"]] == "none":
         changes.setdefault("encoder_multiplier", 1.0)
@@ -719,7 +774,8 @@ def main():
     recipe = RECIPES.get(benchmark) or fit_recipe(samples, settings.device)
     recipe = choose_recipe(recipe, settings, changes)
 
-    # All that decides the result. A checkpoint remembers it and goes on with nothing else.
+    # All that decides the result. It is stored in the checkpoint, and a training only goes on from
+    # a checkpoint that has the same.
     training = {
         "benchmark": benchmark,
         "master": selection["master"],
@@ -744,7 +800,7 @@ def main():
         return None
 
     checkpoint = load_checkpoint(folder, training)
-    # Nothing was refused, so an ablation's folder becomes a run of its own.
+    # All checks have passed. The folder of an ablation gets what stage 5 and its reader need.
     if RANK == 0 and folder.resolve() != settings.run.resolve():
         run.write_json(folder / "run.json", run_config)
         run.write_json(folder / "selection.json", selection)
@@ -753,7 +809,7 @@ def main():
         dist.destroy_process_group()
     if ended_by:
         print(f"\ninterrupted after a step; the same command goes on from {folder}/checkpoint.pt")
-        return 128 + ended_by
+        return 128 + ended_by  # a shell's exit code for a signal
     if RANK == 0:
         report(folder)
     return None

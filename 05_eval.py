@@ -57,10 +57,7 @@ class Settings:
 
 
 # The scores in tables, in this order
-HEADLINE = (
-    *("mIoU", "mIoU_th", "boundary_mIoU", "AP", "AP50", "AP_things"),
-    *("PQ", "PQ_th", "PQ_st"),
-)
+HEADLINE = ("mIoU", "mIoU_th", "boundary_mIoU", "AP", "AP50", "AP_things", "PQ", "PQ_th", "PQ_st")
 PER_CLASS = {"mIoU": "IoU", "AP": "AP", "PQ": "PQ"}  # what a metric is called for one class
 
 
@@ -95,8 +92,8 @@ def predict(model, image, size, device="cpu"):
     # The size of the padded image, in pixels of the original
     padded_height = round(image.shape[2] * height / working_height)
     padded_width = round(image.shape[3] * width / working_width)
-    size = (padded_height, padded_width)
-    masks = F.interpolate(mask_logits.float(), size, mode="bilinear", align_corners=False)
+    padded_size = (padded_height, padded_width)
+    masks = F.interpolate(mask_logits.float(), padded_size, mode="bilinear", align_corners=False)
     # What was padded is cropped again.
     masks = masks[0, :, :height, :width].sigmoid_()
     return Prediction(class_logits[0].float().softmax(-1), masks)
@@ -285,7 +282,7 @@ def headline(results, samples, benchmark):
     things = [category.name for category in samples.categories if category.isthing]
     if "mIoU" in results and 0 < len(things) < len(samples.categories):
         of_things = [results["mIoU"]["per_class"][name] for name in things]
-        numbers["mIoU_th"] = mean(of_things)  # beside it, classes of stuff
+        numbers["mIoU_th"] = mean(of_things)  # without stuff it would equal mIoU
     if benchmark == "kitti360_instance":  # the paper's mean is over Cityscapes' eight things
         per_class = results["AP"]["per_class"]
         numbers["AP_things"] = mean([ap for name, ap in per_class.items() if name != "building"])
@@ -306,9 +303,9 @@ def describe(training, samples, images):
     for encoder, weights in training["weights"].items():
         if weights == "none":
             text += f"RANDOM WEIGHTS at the start: {encoder}\n"
-    of = "images held out of train" if samples.held_out else "images"
+    kind = "images held out of train" if samples.held_out else "images"
     paper = f"{', '.join(benchmark.metrics)} {benchmark.paper}"
-    evaluated_on = f"{training['benchmark']}, {images} of {len(samples)} {of}"
+    evaluated_on = f"{training['benchmark']}, {images} of {len(samples)} {kind}"
     return f"{text}\n{evaluated_on}, the paper has {paper}\n"
 
 
@@ -373,7 +370,7 @@ def compare(folders):
     require(runs, "none of these folders holds results: run 05_eval.py on them first")
     runs.sort(key=lambda entry: entry[:2])
     rows = [row for _, _, row in runs]
-    return run.table([[*head, "mIoU", "b_mIoU", "AP", "PQ"], *rows])
+    return run.table([[*head, *names], *rows])
 
 
 # ------------------------------------------------------------------ the stage
@@ -395,8 +392,9 @@ def load_trained(folder):
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # torch raises many types for a damaged file
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        not_ours = f"{path} is no checkpoint of this project's model ({reason})"
-        raise UserError(f"{not_ours}: {again} again") from None
+        raise UserError(
+            f"{path} is no checkpoint of this project's model ({reason}): {again} again"
+        ) from None
     if step < steps:
         print(f"WARNING: {path} holds step {step} of {steps}: training is not finished")
         training["recipe"]["steps"] = step  # what is reported is what was trained
@@ -406,17 +404,24 @@ def load_trained(folder):
 def main():
     settings = run.parse(__doc__, Settings)
     folder = settings.run
-    both = "--images and --compare are two things: give one"
-    require(not (settings.images and settings.compare), both)
+    require(
+        not (settings.images and settings.compare),
+        "--images and --compare are two things: give one",
+    )
     no_evaluation = settings.images or settings.compare
-    with_scores = "--limit goes with an evaluation, not with --images or --compare"
-    require(not (no_evaluation and settings.limit), with_scores)
+    require(
+        not (no_evaluation and settings.limit),
+        "--limit goes with an evaluation, not with --images or --compare",
+    )
     if settings.compare:
         print(compare(settings.compare))
         return
     run_config = run.read_stage(folder, "run.json", "01_extract.py")
-    unlabelled = f"{folder} holds images without labels, so nothing is trained on them"
-    require(run_config["benchmark"], f"{unlabelled}: give the --run of a trained model")
+    require(
+        run_config["benchmark"],
+        f"{folder} holds images without labels, so nothing is trained on them: give the --run "
+        "of a trained model",
+    )
     model, training = load_trained(folder)
     if settings.images:
         draw_folder(model, training, settings)
@@ -425,8 +430,10 @@ def main():
     data = settings.data or Path(run_config["data"])
     samples = open_split(training["benchmark"], data, "val")
     class_names = [category.name for category in samples.categories]
-    other = f"the model was trained on other classes than those of {samples.root}"
-    require(class_names == training["class_names"], other)
+    require(
+        class_names == training["class_names"],
+        f"the model was trained on other classes than those of {samples.root}",
+    )
     indices = run.evenly_spaced(range(len(samples)), settings.limit or len(samples))
     # The results of some images never take the place of those of all.
     suffix = f"_limit{len(indices)}" if len(indices) < len(samples) else ""
@@ -458,9 +465,8 @@ def mean(values):
 class SemanticScore:
     """Mean intersection over union from confusion matrices over all images, as Cityscapes has it.
 
-    boundary_mIoU is the same on each class's boundary alone: its pixels within 2 % of the image's
-    diagonal of pixels that are not of the class (Boundary IoU, Cheng et al. 2021). Void is left out
-    of truth and prediction alike.
+    boundary_mIoU counts only a band inside the edge of each class, as wide as 2 % of the image's
+    diagonal (Boundary IoU, Cheng et al. 2021). Void is left out of truth and prediction alike.
     """
 
     def __init__(self, class_names):
@@ -472,9 +478,9 @@ class SemanticScore:
 
     def update(self, pred, target):
         """pred int [H, W] of class indices; target the same, 255 where it does not count."""
-        counts = target.numpy() != 255
-        truth = np.where(counts, target.numpy(), self.void).astype(np.uint8)
-        prediction = np.where(counts, pred.numpy(), self.void).astype(np.uint8)
+        is_valid = target.numpy() != 255
+        truth = np.where(is_valid, target.numpy(), self.void).astype(np.uint8)
+        prediction = np.where(is_valid, pred.numpy(), self.void).astype(np.uint8)
         shape = self.confusion.shape
         self.confusion += count_pairs(truth, prediction, shape)
         true_edges = self.keep_boundary(truth)
@@ -518,8 +524,8 @@ class CityscapesInstanceScore:
     label_ids: {name: raw label id} of the classes that count, or a list of ids.
     excluded_from_mean: names of classes with an AP of their own that the means leave out.
 
-    A true instance id of id * 1000 + n is an instance, the bare id of a class that counts is a
-    group, the ids in CITYSCAPES_VOID are void, and all else is background.
+    In `instance_ids`, label * 1000 + n is instance n, the bare label of a class that counts is a
+    group, the labels in CITYSCAPES_VOID are void, and all else is background.
     """
 
     OVERLAPS = np.arange(0.5, 1.0, 0.05)
@@ -535,7 +541,7 @@ class CityscapesInstanceScore:
         self.labels = []  # [N]
         self.scores = []  # [N]
         self.is_match = []  # [N, OVERLAPS]: is it the prediction of a true instance?
-        self.counts = []  # [N, OVERLAPS]: is it right or wrong, and not ignored?
+        self.is_scored = []  # [N, OVERLAPS]: is it a true or a false positive, and not ignored?
 
     def update(self, masks, labels, scores, instance_ids, weights=None):
         """masks bool [N, H, W], labels int64 [N] (raw ids), scores float [N] (confidences).
@@ -546,7 +552,8 @@ class CityscapesInstanceScore:
         values = np.array(values)  # [V]
         if weights is not None:
             weights = weights.numpy()
-        true_area = self.areas(index_map, weights, np.True_, len(values))  # [V]
+        everywhere = np.ones(index_map.shape, bool)
+        true_area = self.areas(index_map, weights, everywhere, len(values))  # [V]
         overlap = np.zeros((len(masks), len(values)))
         for row, mask in enumerate(masks.numpy()):
             overlap[row] = self.areas(index_map, weights, mask, len(values))
@@ -578,12 +585,13 @@ class CityscapesInstanceScore:
         reaches = iou[..., None] > self.OVERLAPS  # [N, V, OVERLAPS]
         is_wrong = ~reaches.any(1) & ~is_ignored
         reaches = reaches[:, is_required]
-        # Of several predictions of one instance, the most confident one is its match.
+        # Of several predictions of one instance, the most confident one is its match: where it
+        # reaches the threshold, it is the first to do so.
         is_first = reaches.cumsum(0) == 1
         self.labels.append(labels)
         self.scores.append(scores[order])
         self.is_match.append((reaches & is_first).any(1))
-        self.counts.append(reaches.any(1) | is_wrong)
+        self.is_scored.append(reaches.any(1) | is_wrong)
         self.required.update(classes[is_required].tolist())
 
     @staticmethod
@@ -603,13 +611,13 @@ class CityscapesInstanceScore:
             labels = np.concatenate(self.labels)
             scores = np.concatenate(self.scores)
             is_match = np.concatenate(self.is_match)
-            counts = np.concatenate(self.counts)
+            is_scored = np.concatenate(self.is_scored)
             for row, label_id in enumerate(self.label_ids.values()):
                 required = self.required[label_id]
                 if required == 0:
                     continue
                 for k in range(len(self.OVERLAPS)):
-                    chosen = counts[:, k] & (labels == label_id)
+                    chosen = is_scored[:, k] & (labels == label_id)
                     ap = self.average_precision(scores[chosen], is_match[chosen, k], required)
                     table[row, k] = 100 * ap
         per_class = dict(zip(self.label_ids, table.mean(1).tolist(), strict=True))
@@ -621,11 +629,12 @@ class CityscapesInstanceScore:
     def average_precision(scores, is_match, required):
         """Area under the precision-recall curve, by cityscapesScripts' rule.
 
-        The curve has a point for each score that occurs. A point's precision counts over half of
-        the recall between its neighbours.
+        The curve has a point for each score that occurs. A point's precision has the weight of half
+        the distance in recall between the points before and after it.
         """
         order = np.argsort(-scores)
-        last = np.flatnonzero(np.diff(scores[order], append=-1))  # of each score
+        # The last index of each different score, the -1 ends the last one
+        last = np.flatnonzero(np.diff(scores[order], append=-1))
         hits = is_match[order].cumsum()[last]
         precision = np.append(1, hits / (last + 1))
         recall = np.append(0, hits / required)
@@ -744,7 +753,7 @@ class PanopticScore:
                 overlap.update(dict(zip(true_values, overlaps_of[segment["id"]], strict=True)))
             area = overlap.total()
             void = overlap[0]
-            crowd = overlap[crowds.get(category)]
+            crowd = overlap[crowds[category]] if category in crowds else 0
             iou = 0
             for true_id, shared in overlap.items():
                 if shared and true.get(true_id) == category:

@@ -290,8 +290,7 @@ class CocoIndex:
                 # Taken out, so that packing an image frees its annotations.
                 annotations = annotations_of.pop(image["id"], [])
                 self.add(image, annotations, split)
-        unlisted = f"{self.file} has annotations of images that it does not list"
-        require(not annotations_of, unlisted)
+        require(not annotations_of, f"{self.file} has annotations of images that it does not list")
 
     def check_images(self, images):
         require(images, f"{self.file} lists no image")
@@ -299,16 +298,21 @@ class CocoIndex:
             first = {}
             for image in images:
                 other = first.setdefault(image[key], image)
-                both = f"{other['file_name']} and {image['file_name']}, ids {other['id']} and"
-                twice = f"{self.file} lists two images of the same {key}: {both} {image['id']}"
-                require(other is image, twice)
+                require(
+                    other is image,
+                    f"{self.file} lists two images of the same {key}: {other['file_name']} "
+                    f"and {image['file_name']}, ids {other['id']} and {image['id']}",
+                )
 
     def add(self, image, annotations, split):
         """Pack an image's annotations."""
         name = Path(split, image["file_name"]).as_posix()
         if self.kind == "panoptic":
-            one = f"{self.file}: expected one annotation for each image, {name} has"
-            require(len(annotations) == 1, f"{one} {len(annotations)}")
+            require(
+                len(annotations) == 1,
+                f"{self.file}: expected one annotation for each image, {name} has "
+                f"{len(annotations)}",
+            )
             (annotation,) = annotations
             label_file = f"annotations/panoptic_{split}/{annotation['file_name']}"
             entry = {}
@@ -348,8 +352,10 @@ class CocoIndex:
     def read_instances(self, files, size):
         """Masks that may overlap. One that encloses nothing is left out."""
         annotated_size, masks = self.annotations(files.image_id)
-        differs = f"{files.image} is {size}, its annotations in {self.file} are for"
-        require(size == annotated_size, f"{differs} {annotated_size}")
+        require(
+            size == annotated_size,
+            f"{files.image} is {size}, its annotations in {self.file} are for {annotated_size}",
+        )
         rles = []
         regions = {}
         for number, (category_id, iscrowd, mask) in enumerate(masks, 1):
@@ -543,8 +549,7 @@ BENCHMARKS = {
 
 
 def find_benchmark(name):
-    known = f"unknown benchmark {name!r}: known are {', '.join(BENCHMARKS)}"
-    require(name in BENCHMARKS, known)
+    require(name in BENCHMARKS, f"unknown benchmark {name!r}: known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
@@ -558,8 +563,9 @@ def open_split(name, data, split):
         toycity.write(data / name)
     data_set = benchmark.train_on if split == "train" else benchmark.evaluate_on
     root = data / data_set.folder
-    advice = "say where your data sets are with --data"
-    require(root.is_dir(), f"{root} is needed and not there: {advice}")
+    require(
+        root.is_dir(), f"{root} is needed and not there: say where your data sets are with --data"
+    )
 
     # People's own data sets may have no val split.
     is_own = name.startswith("own_")
@@ -656,8 +662,9 @@ class Split(Dataset):
         for id, region in regions.items():
             if region.label not in self.label_of:
                 known = [label for label in self.label_of if label != own_data.VOID]
-                unknown = f"{file} holds the unknown label {region.label!r}"
-                raise UserError(f"{unknown}: known are {first_few(known)}")
+                raise UserError(
+                    f"{file} holds the unknown label {region.label!r}: known are {first_few(known)}"
+                )
             label = self.label_of[region.label]
             if label is None:
                 continue

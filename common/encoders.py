@@ -131,7 +131,7 @@ def find_encoder(name):
     try:
         # Which of the strides it has, and with how many channels, is not known before it is probed.
         spec = timm_spec(model, channels=dict.fromkeys(STRIDES))
-    except Exception:  # each way to be unknown has an error of its own
+    except Exception:  # timm raises different types for a wrong name and a wrong tag
         raise UserError(f"timm has no model {model!r}: timm.list_pretrained() lists them") from None
     # timm's models differ in the argument that makes them take any size, so each is tried.
     for arguments in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
@@ -193,7 +193,7 @@ class Encoder(torch.nn.Module):
         stages = {s: index for index, s in enumerate(strides)}
         self.channels = {s: channels for s, channels in spec.channels.items() if s in stages}
         self.stage_indices = [stages[s] for s in self.channels]
-        self.truncate(STRIDES[-1])
+        self.truncate(STRIDES[-1])  # drops the head, and layers that no level needs
 
     def forward(self, images):
         """Return {native stride: [B, C, H/stride, W/stride]}.
@@ -256,7 +256,7 @@ def level(native, size, stride, mode="nearest"):
 
 
 def nearest_stride(native, stride):
-    """Return the native stride closest to `stride` in octaves, of two equally close the finer."""
+    """Return the native stride at the smallest ratio to `stride`. Of two alike, the finer one."""
     return min(sorted(native), key=lambda s: abs(math.log2(s / stride)))
 
 
@@ -340,7 +340,7 @@ def load_weights(encoder, path):
     except Exception:  # torch would advise to run the code that a pickle may hold
         raise UserError(f"{what} cannot be read as tensors") from None
     try:
-        tensors = own_tensors(encoder, contents, what)
+        tensors = tensors_for(encoder, contents, what)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{what} is another project's checkpoint: it has another layout") from None
 
@@ -360,12 +360,12 @@ def load_weights(encoder, path):
         reason = " ".join(str(error).split())[:300]
         hint = ""
         if "training" in contents:
-            hint = " (a run keeps only the stages that its pyramid needs)"
+            hint = " (its run dropped the stages that it did not need: give the original file)"
         raise UserError(f"{what} does not fit{hint}: {reason}") from None
 
 
-def own_tensors(encoder, contents, what):
-    """Return a file's tensors, those of the encoder by its model's own names."""
+def tensors_for(encoder, contents, what):
+    """Return a file's tensors, with the encoder's renamed to the names in its model."""
     # Some checkpoints hold more than the model, which is then found under "model".
     state = contents.get("model", contents)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -400,12 +400,13 @@ def convert(model, tensors, what):
         with contextlib.suppress(Exception), contextlib.redirect_stdout(None):
             converted = module.checkpoint_filter_fn(dict(tensors), model)
 
-    # It also resamples tables of another size without a word, which is refused here. Only the class
-    # token's row may go from a table of positions, as it does from DINOv2's.
+    # timm's function also resamples tables of another size without a word, which is refused here.
+    # Only the class token's row may be dropped from positional encodings, as from DINOv2's.
     for key, table in converted.items():
         if key.endswith(("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")):
             row = table.shape[-1]
             sizes = [tensors[name].numel() for name in tensors if name.endswith(key)]
+            # As many numbers as the file's table has, or one row less: it was not resampled.
             kept = any(abs(size - table.numel()) <= row for size in sizes)
             require(kept, f"{what} does not fit: {key} is missing or of another size")
     return converted

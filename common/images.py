@@ -120,8 +120,11 @@ def working_size(height, width, size, multiple=32):
     else:
         numbers = [int(digits) for digits in re.findall(r"\d+", size)]
         meaningful = re.fullmatch(r"\d+([x/]\d+)?", size) and min(numbers) >= 32
-        advice = "expected HEIGHTxWIDTH, a short side, SHORT/LONGEST (pixels, from 32) or original"
-        require(meaningful, f"--size {size!r} is no size: {advice}")
+        require(
+            meaningful,
+            f"--size {size!r} is no size: expected HEIGHTxWIDTH, a short side, SHORT/LONGEST "
+            "(pixels, from 32) or original",
+        )
         if "x" in size:
             target = numbers
         else:

@@ -103,7 +103,8 @@ class FusedPyramid(nn.Module):
         for s in self.master_levels:
             maps = native
             if self.projections:
-                # A ViT's only map. Resampling after the projection has fewer channels to treat.
+                # A ViT's only map. To project it after enlarging it to OS 4 would cost 16 times as
+                # much.
                 projection = self.projections[str(s)]
                 maps = {stride: projection(vit_map) for stride, vit_map in native.items()}
             levels[s] = level(maps, images.shape[-2:], s)
@@ -198,7 +199,7 @@ class FusedModel(nn.Module):
                     nn.init.xavier_uniform_(parameter)
             attention = layer.self_attn
             # The authors' attention keeps q, k and v in one matrix [3 * hidden_dim, hidden_dim].
-            # Its fan-out is three times as large, which makes Xavier's deviation smaller.
+            # Xavier's variance is 2 / (fan-in + fan-out), there 2 / 4d and here 2 / 2d.
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
                 projection.weight *= 0.5**0.5
                 nn.init.zeros_(projection.bias)
@@ -229,8 +230,8 @@ class FusedModel(nn.Module):
         labels: one int64 [S] of classes for each image.
         Raises FloatingPointError if a logit or a loss is not finite.
         """
-        # The library's matcher hides NaN, so the logits are looked at first. A NaN is the largest.
-        # One transfer from the GPU serves all layers.
+        # The library's matcher hides NaN, so the logits are checked first. amax() returns NaN if
+        # there is one. One transfer from the GPU serves all layers.
         largest = []
         for class_logits, mask_logits in outputs:
             largest.append(torch.maximum(class_logits.abs().amax(), mask_logits.abs().amax()))

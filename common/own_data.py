@@ -38,8 +38,11 @@ def read_classes(root):
     file = root / CLASSES
     with reading(file, "a class a line"):
         lines = [line.strip() for line in file.read_text("utf-8-sig").rstrip().splitlines()]
-    form = "at most 255 lines, each with a class or with - for a value that does not count"
-    require(len(lines) < 256 and all(lines), f"{file}: expected {form}")
+    require(
+        len(lines) < 256 and all(lines),
+        f"{file}: expected at most 255 lines, each with a class or with - for a value that "
+        "does not count",
+    )
     return lines
 
 
@@ -57,8 +60,9 @@ def list_labelled(root, split):
         image = f"images/{split}/{name}"
         label = Path("labels", split, name).with_suffix(".png").as_posix()
         other = image_of.setdefault(label, image)
-        both = f"{other} and {image} would share {label}"
-        require(other == image, f"{root}: {both}: rename one of them")
+        require(
+            other == image, f"{root}: {other} and {image} would share {label}: rename one of them"
+        )
     return [(image, label) for label, image in image_of.items()]
 
 
@@ -66,9 +70,11 @@ def read_labels(file, size):
     """A label image as int32 [H, W], and its highest possible value, which does not count."""
     with reading(file, "an image"), Image.open(file) as image:
         bits = LABEL_BITS.get(image.mode)
-        form = "a PNG with one channel of 8 or 16 bits or with a palette, whose index is the value"
-        found = f"{file} is {image.format} of mode {image.mode}"
-        require(bits and image.format == "PNG", f"{found}: expected {form}")
+        require(
+            bits and image.format == "PNG",
+            f"{file} is {image.format} of mode {image.mode}: expected a PNG with one channel "
+            "of 8 or 16 bits or with a palette, whose index is the value",
+        )
     return label_map(file, size), 2**bits - 1
 
 
@@ -83,8 +89,10 @@ def hold_out(names):
 
     It depends on the names alone, so it is the same in every stage and process.
     """
-    alone = f"{names[0]} is the only image and there is no val split: expected at least two images"
-    require(len(names) > 1, alone)
+    require(
+        len(names) > 1,
+        f"{names[0]} is the only image and there is no val split: expected at least two images",
+    )
     # Sorted by a hash of the name, which is as good as random.
     shuffled = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     return set(shuffled[: max(1, len(names) // 5)])
@@ -143,13 +151,18 @@ def check_labels(train, val, workers):
     # What is kept of a sample is small.
     looks = list(tqdm(loader, "looking at labels", unit="label"))
     errors = [look.error for look in looks if look.error]
-    unusable = f"{len(errors)} of {len(looks)} images of {train.root} cannot be used"
-    require(not errors, f"{unusable}: {first_few(errors, '; ')}")
+    require(
+        not errors,
+        f"{len(errors)} of {len(looks)} images of {train.root} cannot be used: "
+        f"{first_few(errors, '; ')}",
+    )
     pixels = np.array([look.pixels for look in looks])  # [train and val images, classes]
     train_pixels = pixels[: len(train)]  # [images, classes]
     val_pixels = pixels[len(train) :]
-    empty = f"no image to train on in {train.root} has a pixel of {first_few(names)}"
-    require(train_pixels.any(), empty)
+    require(
+        train_pixels.any(),
+        f"no image to train on in {train.root} has a pixel of {first_few(names)}",
+    )
     report_shares(train, val, train_pixels, val_pixels)
     warn_of_oversights(train, val, train_pixels, val_pixels)
     return max(look.short_side for look in looks)

@@ -285,8 +285,10 @@ def read_features(folder, encoder, image):
             for stride in sorted(file.keys(), key=int):
                 maps[int(stride)] = file.get_tensor(stride)
     except Exception as error:  # safetensors raises types of its own, OSError and ValueError
-        advice = "start 01_extract.py again with the flags it had"
-        raise UserError(f"the feature file {path} cannot be read ({error}): {advice}") from None
+        raise UserError(
+            f"the feature file {path} cannot be read ({error}): start 01_extract.py again "
+            "with the flags it had"
+        ) from None
     return maps
 
 

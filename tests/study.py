@@ -1,8 +1,8 @@
 """Does fusion help, and does a score name the stride where it helps most?
 
-    python tests/study.py --run runs/toycity            what 03_select.py chose there, in 24 trainings
-    python tests/study.py --run runs/toycity --seeds 0 1 -- --steps 400
+    python tests/study.py --run runs/toycity            what 03_select.py chose, in 24 trainings
     python tests/study.py --run runs/toycity --report   what is there so far, no training
+    python tests/study.py --run runs/toycity --seeds 0 1 -- --steps 400
 
 It trains every way, for hours. What follows -- goes on to 04_train.py.
 

@@ -251,7 +251,7 @@ def test_a_folder_of_an_encoder_alone_is_not_trained_with_fusion(stage, few, tmp
     steps = ("--steps", 1, "--batch-size", 1)
     stage("04_train", "--run", folder, "--out", alone, "--fusion", "none", *steps)
     for flags in ((), ("--fusion", "add"), ("--stride", 8)):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="--fusion none"):
             stage("04_train", "--run", alone, *steps, *flags)
 
 
