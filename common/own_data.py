@@ -1,7 +1,8 @@
-"""People's own labelled images: their layout, the images held out, and a look at all labels.
+"""People's own labelled images: their layout, the images held out, and a check of all labels.
 
 classes.txt                  own_semantic: a class a line, "-" for a value that does not count
-images/{train,val}/a/b.jpg   with labels/{train,val}/a/b.png, whose pixel is the line, from 0
+images/{train,val}/a/b.jpg   with labels/{train,val}/a/b.png: a pixel is the number of its class's
+                             line, from 0, or void: 255 (65535 with 16 bits)
 
 {train,val}/a/b.jpg          own_instance and own_panoptic: COCO's form
 annotations/{instances,panoptic}_{train,val}.json, and panoptic_{train,val}/*.png beside it
@@ -26,10 +27,14 @@ from tqdm import tqdm
 CLASSES = "classes.txt"
 VOID = "void"  # stands for the highest value of a label image, which does not count
 LABEL_BITS = {"L": 8, "P": 8, "I;16": 16, "I": 16}  # by Pillow's mode
-VAL_FILES = (
-    *("val", "images/val", "labels/val"),
-    *("annotations/instances_val.json", "annotations/panoptic_val.json"),
-)
+# Any of these shows that there is a validation split.
+VAL_FILES = [
+    "val",
+    "images/val",
+    "labels/val",
+    "annotations/instances_val.json",
+    "annotations/panoptic_val.json",
+]
 
 
 # ------------------------------------------------------------------ layout
@@ -98,8 +103,8 @@ def hold_out(names):
     return set(shuffled[: max(1, len(names) // 5)])
 
 
-# ------------------------------------------------------------------ the look at the labels
-class Look(NamedTuple):
+# ------------------------------------------------------------------ the check of all labels
+class LabelCheck(NamedTuple):
     """What stage 1 remembers of a sample."""
 
     # By class. A list, as each tensor or array of a worker's would keep a file open.
@@ -108,8 +113,8 @@ class Look(NamedTuple):
     error: str = ""  # why the sample cannot be used
 
 
-class LabelLooks(Dataset):
-    """Looks at samples, for a DataLoader."""
+class LabelChecks(Dataset):
+    """A LabelCheck of each sample, for a DataLoader."""
 
     def __init__(self, samples, classes):
         self.samples = samples
@@ -122,14 +127,14 @@ class LabelLooks(Dataset):
         try:
             sample = self.samples[index]
         except UserError as error:
-            return Look(None, 0, str(error))
+            return LabelCheck(None, 0, str(error))
         # Pixels of each segment, then of each class
         if "rles" in sample:
             areas = rle.area(sample["rles"])
         else:
             areas = torch.bincount(sample["segments"].flatten())[1:]  # without void
         pixels = np.bincount(sample["labels"], weights=areas, minlength=self.classes)
-        return Look(pixels.tolist(), min(sample["image"].shape[1:]))
+        return LabelCheck(pixels.tolist(), min(sample["image"].shape[1:]))
 
 
 def check_labels(train, val, workers):
@@ -146,17 +151,16 @@ def check_labels(train, val, workers):
     require(names == val_names, f"{splits} list their classes in different orders")
 
     # All errors are reported at once, as a data set may take long to read.
-    looks = LabelLooks(ConcatDataset([train, val]), len(names))
-    loader = DataLoader(looks, batch_size=None, **run.loader_arguments(workers))
-    # What is kept of a sample is small.
-    looks = list(tqdm(loader, "looking at labels", unit="label"))
-    errors = [look.error for look in looks if look.error]
+    samples = LabelChecks(ConcatDataset([train, val]), len(names))
+    loader = DataLoader(samples, batch_size=None, **run.loader_arguments(workers))
+    checks = list(tqdm(loader, "checking labels", unit="label"))
+    errors = [check.error for check in checks if check.error]
     require(
         not errors,
-        f"{len(errors)} of {len(looks)} images of {train.root} cannot be used: "
+        f"{len(errors)} of {len(checks)} images of {train.root} cannot be used: "
         f"{first_few(errors, '; ')}",
     )
-    pixels = np.array([look.pixels for look in looks])  # [train and val images, classes]
+    pixels = np.array([check.pixels for check in checks])  # [train and val images, classes]
     train_pixels = pixels[: len(train)]  # [images, classes]
     val_pixels = pixels[len(train) :]
     require(
@@ -165,7 +169,7 @@ def check_labels(train, val, workers):
     )
     report_shares(train, val, train_pixels, val_pixels)
     warn_of_oversights(train, val, train_pixels, val_pixels)
-    return max(look.short_side for look in looks)
+    return max(check.short_side for check in checks)
 
 
 def report_shares(train, val, train_pixels, val_pixels):
@@ -217,7 +221,8 @@ def unused_files(train, val):
             used.update((files.image, *files.labels))
     # Every image that lies where the data set's own do, but which no sample uses
     unused = []
-    for split in ("train",) if val.held_out else ("train", "val"):
+    splits = ["train"] if val.held_out else ["train", "val"]
+    for split in splits:
         if train.task == "semantic":
             folders = [f"labels/{split}"]
         elif train.task == "instance":
