@@ -8,7 +8,7 @@ A sample is a dictionary:
     iscrowd   bool [S]: True for a group of things that is annotated as one region
     image_id  int: COCO's own, else the index in the split
     name      str: the image's path below the data set's folder
-    truth     {metric: what the update() of its score takes, by name}, on validation splits
+    truth     {metric: keyword arguments for update() of its score}, on validation splits
 
 COCO's instances may overlap, so there `rles`, a list of S masks in COCO's run-length encoding,
 stands in place of `segments`.
@@ -54,15 +54,15 @@ class ImageFiles(NamedTuple):
 
 
 class Region(NamedTuple):
-    label: int | str  # the class as the data set's files call it
+    raw_label: int | str  # the class as the data set's files call it
     iscrowd: bool
 
 
 class Labels(NamedTuple):
     """What a reader makes of an image's label files."""
 
-    ids: np.ndarray | list  # int32 [H, W], or a list of run-length encoded masks
-    regions: dict[int, Region]  # of each id, or of each index into the list
+    ids_or_masks: np.ndarray | list  # int32 [H, W], or a list of run-length encoded masks
+    regions: dict[int, Region]  # by id, or by index into the list
 
 
 class Layout(NamedTuple):
@@ -94,7 +94,7 @@ CITYSCAPES_IDS = {label: label for label in range(34)}
 # KITTI-360's garages, 34, count as buildings.
 KITTI360_IDS = {**{label: label for label in range(45)}, 34: 11}
 URBANSYN_IDS = {c.name: c.id for c in ALL_CITYSCAPES}
-SYNSCAPES_IDS = {**CITYSCAPES_IDS, 255: 255}
+SYNSCAPES_IDS = {**CITYSCAPES_IDS, 255: 255}  # 255 is void there
 # The index is SYNTHIA's label. 0 stands where Cityscapes does not evaluate the class.
 SYNTHIA_IDS = (0, 23, 11, 7, 8, 13, 21, 17, 26, 20, 24, 33, 32, 9, 0, 19, 22, 25, 27, 28, 31, 12, 7)
 SYNTHIA_IDS = dict(enumerate(SYNTHIA_IDS))
@@ -102,7 +102,10 @@ SYNTHIA_IDS = dict(enumerate(SYNTHIA_IDS))
 
 # ------------------------------------------------------------------ readers of label files
 def read_cityscapes(files, size):
-    """An id from 1000 on is label * 1000 + n. A smaller id is a label: stuff, group, or void."""
+    """An id from 1000 on is label * 1000 + n. A smaller id is a label: stuff, group, or void.
+
+    For stuff iscrowd means nothing, and make_segments() drops it.
+    """
     ids = label_map(files.labels[0], size)
     regions = {}
     for value in values_in(ids):
@@ -177,7 +180,8 @@ def read_synthia(files, size):
 
 
 # ------------------------------------------------------------------ layouts on disk
-def find_folders(data_set, root, split, task):
+# All find_… functions have the same parameters.
+def find_by_pattern(data_set, root, split, task):
     """Find the images whose paths follow the data set's pattern, and their label files."""
     pattern = data_set.image.replace("{split}", split)
     glob = re.sub(r"{\w+}", "*", pattern)
@@ -190,9 +194,10 @@ def find_folders(data_set, root, split, task):
 
     # The words that stand in braces are read off the image's path, and complete its labels' paths.
     files = []
-    pattern = re.compile(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern))
+    # "{city}/{stem}.png" becomes "(?P<city>[^/]+)/(?P<stem>[^/]+).png".
+    regex = re.compile(re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern))
     for index, name in enumerate(sorted(names)):
-        words = pattern.fullmatch(name)
+        words = regex.fullmatch(name)
         require(words, f"{root / name} is not where images are expected, {glob}")
         labels = [label.format(split=split, **words.groupdict()) for label in data_set.labels]
         files.append(ImageFiles(name, tuple(labels), index))
@@ -216,7 +221,7 @@ def find_ade20k(data_set, root, split, task):
             categories.append(Category(int(number), names.split(",")[0].strip(), False))
     category_ids = {0: 0, **{category.id: category.id for category in categories}}
     # Label 0 is known and not evaluated.
-    layout = find_folders(data_set, root, split, task)
+    layout = find_by_pattern(data_set, root, split, task)
     return layout._replace(categories=categories, category_ids=category_ids)
 
 
@@ -236,7 +241,7 @@ def find_own_semantic(data_set, root, split, task):
 
 
 def read_own(files, size):
-    """The value is the line of classes.txt, or does not count."""
+    """own_semantic: a pixel is the number of its class's line in classes.txt, from 0, or void."""
     ids, void = own_data.read_labels(files.labels[0], size)
     regions = {value: Region(value, False) for value in values_in(ids)}
     if void in regions:
@@ -339,14 +344,17 @@ class CocoIndex:
         return pickle.loads(self.packed[self.ends[place] : self.ends[place + 1]])
 
     def read_panoptic(self, files, size):
-        """A segment has a colour."""
+        """Each colour in an image's PNG is the id of a segment that the JSON lists."""
         segments = self.annotations(files.image_id)
         ids = label_map(files.labels[0], size, colours=True)
         regions = {}
-        with reading(files.labels[0], "segments that its JSON lists"):
-            for value in values_in(ids):
-                if value:
-                    regions[value] = segments[value]
+        for value in values_in(ids):
+            if value:
+                require(
+                    value in segments,
+                    f"{files.labels[0]} holds the segment {value}, which {self.file} does not list",
+                )
+                regions[value] = segments[value]
         return Labels(ids, regions)
 
     def read_instances(self, files, size):
@@ -420,7 +428,7 @@ class DataSet:
     """
 
     folder: str
-    find: Callable = find_folders
+    find: Callable = find_by_pattern
     image: str = ""
     labels: tuple[str, ...] = ()
     read: Callable | None = None
@@ -604,7 +612,9 @@ class Split(Dataset):
         self.files = layout.files
         self.read = layout.read
         self.coco = layout.coco
-        self.categories = layout.categories or benchmark.categories
+        self.categories = layout.categories
+        if self.categories is None:
+            self.categories = benchmark.categories
         self.held_out = set()
         self.check_files()
         # {raw label: class index, or None for a class that is not evaluated}
@@ -645,27 +655,30 @@ class Split(Dataset):
         labels = self.read(files, size)
         segment_of, segments = self.make_segments(labels.regions, files.labels[0])
         sample = {"image": image, "image_id": files.image_id, "name": self.files[index].image}
-        if isinstance(labels.ids, list):
-            sample["rles"] = labels.ids
+        if isinstance(labels.ids_or_masks, list):
+            sample["rles"] = labels.ids_or_masks
         else:
-            sample["segments"] = torch.from_numpy(segment_of[labels.ids])
+            sample["segments"] = torch.from_numpy(segment_of[labels.ids_or_masks])
         sample["labels"] = torch.tensor([segment.label for segment in segments]).long()
         sample["iscrowd"] = torch.tensor([segment.iscrowd for segment in segments]).bool()
         if self.metrics:
-            sample["truth"] = self.truth(sample, labels.ids, files)
+            sample["truth"] = self.truth(sample, labels.ids_or_masks, files)
         return sample
 
     def make_segments(self, regions, file):
-        """By the task, each id's segment number, int32 [largest id + 1], and the segments."""
+        """Number an image's segments, as the task defines them, from 1.
+
+        Returns each id's number, int32 [largest id + 1] with 0 for void, and the list of Segments.
+        """
         segment_of = np.zeros(max(regions, default=0) + 1, np.int32)
         number_of = {}  # {segment: its number, from 1}
         for id, region in regions.items():
-            if region.label not in self.label_of:
+            if region.raw_label not in self.label_of:
                 known = [label for label in self.label_of if label != own_data.VOID]
                 raise UserError(
-                    f"{file} holds the unknown label {region.label!r}: known are {first_few(known)}"
+                    f"{file} holds the unknown label {region.raw_label!r}: known are {first_few(known)}"
                 )
-            label = self.label_of[region.label]
+            label = self.label_of[region.raw_label]
             if label is None:
                 continue
             # A thing is a segment of its own, whatever belongs to stuff is one of its class.
@@ -673,7 +686,9 @@ class Split(Dataset):
                 segment = Segment(label, region.iscrowd, id)
             else:  # one segment for all of the class
                 segment = Segment(label, False, None)
-            segment_of[id] = number_of.setdefault(segment, len(number_of) + 1)
+            if segment not in number_of:
+                number_of[segment] = len(number_of) + 1
+            segment_of[id] = number_of[segment]
         return segment_of, list(number_of)
 
     def truth(self, sample, ids, files):

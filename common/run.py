@@ -1,4 +1,4 @@
-"""What all stages share: one-line errors, settings as flags, whole files, and the run folder."""
+"""What all stages share: one-line errors, settings as flags, atomic writes, the run folder."""
 
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ class UserError(Exception):
     """A mistake that its user can mend. One line says what was wrong, where, and what to do."""
 
     def __init__(self, message):
-        # An error that a DataLoader's worker raised arrives as text behind its stack trace.
+        # A DataLoader's worker hands its error over as a stack trace that ends in "UserError: …".
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
@@ -152,8 +152,9 @@ def add_flag(parser, field, show_default):
         # The type inside: int for "int | None" and for "tuple[int, ...]"
         inside = typing.get_args(field.type) or (field.type,)
         options["type"] = inside[0]
-    if show_default and field.default not in (None, (), False):
-        default = field.default
+    default = field.default
+    is_said_elsewhere = default is None or default is False or default == ()
+    if show_default and not is_said_elsewhere:
         if isinstance(default, tuple):
             default = " ".join(map(str, default))
         options["help"] = f"{options['help']} (default: {default})".lstrip()
@@ -197,7 +198,7 @@ def write_text(path, text):
 
 
 def write_json(path, content):
-    """Write JSON. It has no NaN, so a number that does not exist is written as null."""
+    """Write JSON, with null in place of NaN, which JSON does not have."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     write_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -486,7 +486,7 @@ def make_own(root, benchmark):
 )
 def test_all_five_stages(tmp_path, stage, benchmark, metric):
     own = tmp_path / "own"
-    run = tmp_path / "run"
+    run = tmp_path / "trained"
     make_own(own, benchmark)
     extract(stage, own, run, "--size", "64", benchmark=benchmark)
     stage("02_metrics", "--run", run)
