@@ -676,7 +676,8 @@ class Split(Dataset):
             if region.raw_label not in self.label_of:
                 known = [label for label in self.label_of if label != own_data.VOID]
                 raise UserError(
-                    f"{file} holds the unknown label {region.raw_label!r}: known are {first_few(known)}"
+                    f"{file} holds the unknown label {region.raw_label!r}: "
+                    f"known are {first_few(known)}"
                 )
             label = self.label_of[region.raw_label]
             if label is None:

@@ -31,7 +31,7 @@ def list_images(folder):
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         # Links may lead in circles, so each folder is entered once, under its first name in order.
-        # A run folder holds figures.
+        # A run folder is skipped, as the images in it are its figures.
         real_place = os.path.realpath(place)
         if real_place in seen or "run.json" in files:
             folders.clear()
