@@ -19,6 +19,7 @@ scores in percent. With --limit the files' names say so.
 import contextlib
 import io
 import json
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -314,8 +315,12 @@ def report(path, results, samples, training, images):
 
     path: without a suffix. images: how many were evaluated.
     """
-    scores = headline(results, samples, training["benchmark"])
-    per_class = {metric: result["per_class"] for metric, result in results.items()}
+    shown = headline(results, samples, training["benchmark"])
+    scores = dict(shown)
+    per_class = {}
+    for metric, result in results.items():
+        per_class[metric] = result.pop("per_class")
+        scores.update(result)
     kept = ("master", "auxiliary", "stride", "fusion", "master_mode", "aux_mode", "seed", "weights")
     model = {key: training[key] for key in kept}
     content = {
@@ -335,7 +340,7 @@ def report(path, results, samples, training, images):
             row.append(run.number(column.get(name)))
         rows.append(row)
     text = describe(training, samples, images)
-    text += "\n" + run.table([list(scores), [run.number(value) for value in scores.values()]])
+    text += "\n" + run.table([list(shown), [run.number(value) for value in shown.values()]])
     text += "\n" + run.table(rows)
     run.write_text(path.with_name(f"{path.name}.md"), text)
     return text
@@ -358,10 +363,13 @@ def compare(folders):
             row = [word if len(word) <= 12 else f"…{word[-11:]}" for word in words]
             stride = model["stride"] or 0
             row.append(str(model["stride"] or "-"))
-            modes = model["master_mode"]
-            if model["fusion"] != "none":
-                modes += f"/{model['aux_mode']}"
-            row.append(f"{model['fusion']} {modes}")
+            # The usual modes, a finetuned master and a frozen auxiliary, are not named.
+            fusion = model["fusion"]
+            if model["master_mode"] == "frozen":
+                fusion += ", frozen master"
+            if model["fusion"] != "none" and model["aux_mode"] == "finetuned":
+                fusion += ", finetuned auxiliary"
+            row.append(fusion)
             row.append(str(model["steps"]))
             row += [run.number(results["scores"].get(name)) for name in names]
             runs.append((results["benchmark"], stride, row))
@@ -450,10 +458,11 @@ def main():
     written = f"results{suffix}.json, results{suffix}.md, predictions{suffix}.png"
     print(f"\n{text}\nwrote {written} in {folder}")
     if training["fusion"] != "none":
-        alone = f"--out {folder}_alone --fusion none --steps {training['recipe']['steps']}"
+        out = shlex.quote(f"{folder}_alone")
+        alone = f"--out {out} --fusion none --steps {training['recipe']['steps']}"
         print("to compare with the master alone, other flags as before:")
         print(f"    {run.command('04_train.py', folder)} {alone}")
-    print(f"next: python 05_eval.py --compare {folder.parent}/*")
+    print(f"next: python 05_eval.py --compare {shlex.quote(str(folder.parent))}/*")
 
 
 # ------------------------------------------------------------------ scores

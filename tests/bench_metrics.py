@@ -1,10 +1,11 @@
-"""How fast the metrics are: SAM2-B+'s four maps of 512 x 1024 pictures, ours against the same with scikit-learn.
+"""How fast the scores are: SAM2-B+'s four maps of 512 x 1024 images, ours against scikit-learn.
 
-    python tests/bench_metrics.py               two CPU cores, a picture to each, one thread a picture, on both sides
-    python tests/bench_metrics.py --cuda        the pictures as one batch on the GPU, against the two CPU cores
+    python tests/bench_metrics.py          two CPU cores, an image and a thread to each
+    python tests/bench_metrics.py --cuda   the images one by one on the GPU, against two CPU cores
 
-scikit-learn's side is this project's own with PCA, KMeans(n_init=10) and silhouette_score in place of its parts. The
-encoder has random weights; the features are the same for both.
+scikit-learn's side is this project's own with PCA, KMeans and silhouette_score in place of its
+parts, and runs on two CPU cores, too. The encoder has random weights. Both sides get the same
+features.
 """
 
 import argparse
@@ -28,61 +29,61 @@ from common.encoders import load_encoder  # noqa: E402
 metrics = importlib.import_module("02_metrics")
 
 
-def with_scikit_learn(points, dimensions):
-    points = points.numpy().astype(np.float64)
-    dimensions = min(dimensions, *points.shape[1:])
-    parts = [
-        PCA(dimensions, svd_solver="full").fit_transform(p)[:, ::-1] for p in points
-    ]  # the first one last
-    return torch.from_numpy(np.stack(parts)).float()
+# ------------------------------------------------------------------ scikit-learn's parts
+def components_with_scikit_learn(positions, count):
+    exact = positions.numpy().astype(np.float64)
+    components = PCA(min(count, *exact.shape), svd_solver="full").fit_transform(exact)
+    return torch.from_numpy(components).float()
 
 
-def clustering_with_scikit_learn(features, points, seed):
-    scores = []
-    for flat in metrics.channels_standardised(features).numpy().astype(np.float64):
-        chosen = np.random.default_rng(seed).permutation(len(flat))[: metrics.POSITIONS]
-        points = flat[chosen]
-        points = PCA(min(metrics.DIMENSIONS, *points.shape), svd_solver="full").fit_transform(
-            points
-        )
-        values = []
-        for k in metrics.CLUSTERS:
-            labels = KMeans(k, n_init=metrics.RESTARTS, random_state=seed).fit_predict(points)
-            size = min(metrics.SILHOUETTE_POSITIONS, len(points))
-            values.append(silhouette_score(points, labels, sample_size=size, random_state=seed))
-        scores.append((np.median(values) + 1) / 2)
-    return torch.tensor(scores).float()
+def clustering_with_scikit_learn(features, seed):
+    flat = metrics.standardised_positions(features).numpy().astype(np.float64)
+    sample = np.random.default_rng(seed).permutation(len(flat))[: metrics.MAX_POSITIONS]
+    dimensions = min(metrics.DIMENSIONS, *flat[sample].shape)
+    points = PCA(dimensions, svd_solver="full").fit_transform(flat[sample])
+    count = min(metrics.SILHOUETTE_POSITIONS, len(points))
+    silhouettes = []
+    for k in metrics.CLUSTERS:
+        labels = KMeans(k, n_init=metrics.RESTARTS, random_state=seed).fit_predict(points)
+        silhouettes.append(silhouette_score(points, labels, sample_size=count, random_state=seed))
+    return (float(np.median(silhouettes)) + 1) / 2
 
 
-@torch.no_grad()
-def score(maps, image):
-    """Every metric of the maps of one picture (or batch): {stride: {score: [B]}}."""
+# ------------------------------------------------------------------ timing
+def score(image, maps):
+    """All scores of an image's maps {stride: [C, H, W]}: {(stride, score): float}."""
     scores = {}
     for stride, features in maps.items():
-        prepared = metrics.prepare(features)
-        scores[stride] = metrics.structural_coherence(features, prepared=prepared)
-        scores[stride] |= metrics.edge_fidelity(features, image, prepared)
+        coherence = metrics.structural_coherence(features)
+        fidelity = metrics.edge_fidelity(features, image)
+        for name, value in {**coherence, **fidelity}.items():
+            scores[stride, name] = value
     return scores
 
 
-def timed(pictures, workers=2):
+def score_all(images, maps, workers):
+    """Seconds, and the scores of each image."""
     with ThreadPoolExecutor(workers) as pool:
         began = time.perf_counter()
-        scores = list(pool.map(lambda picture: score(*picture), pictures))
+        scores = list(pool.map(score, images, maps))
         return time.perf_counter() - began, scores
 
 
-def memory(field) -> float:
-    """GB; VmRSS now, VmHWM at most (Linux)."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1e6
+def memory(field):
+    """GB: VmRSS is what is used now, VmHWM the most so far (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1e6
 
 
-def means(scores):
-    return {
-        (s, name): np.mean([one[s][name].mean().item() for one in scores])
-        for s in scores[0]
-        for name in scores[0][s]
-    }
+def largest_difference(ours, theirs, name):
+    """Of a score's means over the images, at any stride."""
+    differences = []
+    for stride, score_name in ours[0]:
+        if score_name == name:
+            mean = np.mean([scores[stride, name] for scores in ours])
+            other = np.mean([scores[stride, name] for scores in theirs])
+            differences.append(abs(mean - other))
+    return max(differences)
 
 
 def main():
@@ -90,62 +91,54 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=6)
-    parser.add_argument(
-        "--slow", type=int, default=6, help="pictures that scikit-learn's side gets"
-    )
+    parser.add_argument("--slow", type=int, default=6, help="images that scikit-learn's side gets")
     parser.add_argument("--cuda", action="store_true")
     args = parser.parse_args()
+
     torch.manual_seed(0)
-    scenes = [toycity.scene("val", i)[0] for i in range(args.images)]
-    images = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 255
     encoder = load_encoder("sam2_b", "none")
-    with torch.inference_mode():
-        native = [encoder(image[None]) for image in images]
+    images, maps = [], []
+    for i in range(args.images):
+        pixels, *_ = toycity.scene("val", i)
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+        with torch.inference_mode():
+            native = encoder(images[i][None])
+        maps.append({stride: features[0] for stride, features in native.items()})
     del encoder
-    pictures = [(maps, image[None]) for maps, image in zip(native, images, strict=True)]
     torch.set_num_threads(1)
+    torch.linalg.eigh(torch.eye(2))  # two threads must not load it at once
 
     if args.cuda:
-        batch = (
-            {s: torch.cat([maps[s] for maps in native]).cuda() for s in native[0]},
-            images.cuda(),
-        )
-        for _ in range(2):
-            score(*batch)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        fast = [score(*batch)]
-        torch.cuda.synchronize()
-        ours, side = time.perf_counter() - began, "this project, one batch on the GPU"
+        images_there = [image.cuda() for image in images]
+        maps_there = []
+        for native in maps:
+            maps_there.append({stride: features.cuda() for stride, features in native.items()})
+        score_all(images_there, maps_there, workers=1)
+        side = "this project, on the GPU"
+        seconds, ours = score_all(images_there, maps_there, workers=1)
     else:
         before = memory("VmRSS")
-        timed(pictures[:2])
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-        ours, fast = timed(pictures)
+        score_all(images[:2], maps[:2], workers=2)
+        Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
         side = "this project"
+        seconds, ours = score_all(images, maps, workers=2)
         print(f"peak memory grew by {memory('VmHWM') - before:.2f} GB")
-    metrics.clustering_score, metrics.principal_components = (
-        clustering_with_scikit_learn,
-        with_scikit_learn,
-    )
-    few = pictures[: args.slow]
+    seconds_an_image = seconds / len(images)
+
+    metrics.structural_clustering_score = clustering_with_scikit_learn
+    metrics.principal_components = components_with_scikit_learn
+    few = images[: args.slow]
     with threadpool_limits(1):
-        theirs, slow = timed(few)
-    print(f"{args.images} pictures, two CPU cores; seconds a picture")
-    ratio = theirs / len(few) / (ours / args.images)
-    print(f"  {side:36}{ours / args.images:8.3f}")
-    print(f"  {'with scikit-learn':36}{theirs / len(few):8.3f}   {ratio:.1f} times as long")
-    if len(few) < args.images:
-        return
-    one, other = means(fast), means(slow)
-    worst = {
-        name: max(abs(one[s, n] - other[s, n]) for s, n in one if n == name)
-        for name in ("SCS", "EC", "FC_PCA")
-    }
-    print(
-        "  largest difference of the means:",
-        ", ".join(f"{name} {value:.4f}" for name, value in worst.items()),
-    )
+        slow_seconds, theirs = score_all(few, maps[: args.slow], workers=2)
+    slow_seconds_an_image = slow_seconds / len(few)
+    ratio = slow_seconds_an_image / seconds_an_image
+    print(f"{len(images)} images, two CPU cores; seconds an image")
+    print(f"  {side:28}{seconds_an_image:8.3f}")
+    print(f"  {'with scikit-learn':28}{slow_seconds_an_image:8.3f}   {ratio:.1f} times as long")
+    if len(few) == len(images):
+        for name in ("SCS", "EC", "FC_PCA"):
+            difference = largest_difference(ours, theirs, name)
+            print(f"  largest difference of the means of {name}: {difference:.4f}")
 
 
 if __name__ == "__main__":

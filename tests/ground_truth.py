@@ -4,8 +4,8 @@
     python tests/ground_truth.py --runs runs/toycity --head
     python tests/ground_truth.py --runs runs/mine runs/mine_random
 
-It is run by hand, on a run that 02_metrics.py has filled, or on several of the same images, which it
-takes as one. For each source (encoder or control) and output stride there are these truths, from
+It is run by hand, on a run that 02_metrics.py has filled, or on several of the same images, which
+it takes as one. For each source (encoder or control) and output stride there are these truths, from
 labels that no score has seen:
 
     boundary   a ridge regression from the map to "a true boundary runs through this cell", fitted

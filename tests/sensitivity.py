@@ -1,16 +1,18 @@
-"""Do master, auxiliary and stride stay when one setting of the metrics changes?
+"""Do master, auxiliary and stride stay when one setting of the scores changes?
 
-    python tests/sensitivity.py                 the features of runs/toycity, some minutes on two cores
+    python tests/sensitivity.py                 the features of runs/toycity, minutes on two cores
     python tests/sensitivity.py --run runs/mine --limit 12
 
-Each setting takes a smaller and a larger value, all others as in 02_metrics.py.
+Each setting takes a smaller and a larger value, with all others as in 02_metrics.py.
 """
 
-import argparse
 import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,69 +21,97 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import run  # noqa: E402
 from common.encoders import STRIDES  # noqa: E402
+from common.run import flag, positive  # noqa: E402
 
-metrics, stage3 = importlib.import_module("02_metrics"), importlib.import_module("03_select")
-SETTINGS = {  # name in 02_metrics.py: what it means, a smaller and a larger value
-    "CELLS": ("K, cells along each axis", 8, 32),
-    "DIMENSIONS": ("PCA dimensions", 16, 64),
-    "CLUSTERS": ("numbers of clusters", (4, 5, 6), (10, 14, 18)),
-    "R_IN": ("r_in, map pixels", 1, 3),
-    "R_OUT": ("r_out, map pixels", 3, 6),
-    "TOP_SHARE": ("share of gradients that are edges", 0.05, 0.2),
-    "SP_THRESHOLD": ("tau", 0.3, 0.7),
-}
+metrics = importlib.import_module("02_metrics")
+stage3 = importlib.import_module("03_select")
 
 
-def profiles(folder, settings, names):
-    """Mean SC and EF of each encoder and stride: two arrays [1, encoder, stride]."""
+@dataclass
+class Settings:
+    run: Path = flag(Path("runs/toycity"), "run folder")
+    limit: int | None = flag(None, "images, evenly spaced (default: all)", type=positive)
 
-    def score(name):
-        image, maps = metrics.read_maps(metrics.Settings(run=folder, device="cpu"), settings, name)
-        values = []
-        for levels in maps.values():
-            for feature in levels.values():
-                sc = metrics.structural_coherence(feature, settings["seed"])["SC"]
-                values.append((sc.item(), metrics.edge_fidelity(feature, image)["EF"].item()))
-        return values
 
+class Variant(NamedTuple):
+    name: str  # in 02_metrics.py
+    meaning: str
+    smaller: object
+    larger: object
+
+
+VARIANTS = (
+    Variant("CELLS", "cells along each axis", 8, 32),
+    Variant("DIMENSIONS", "principal components", 16, 64),
+    Variant("CLUSTERS", "numbers of clusters", (4, 5, 6), (10, 14, 18)),
+    Variant("R_IN", "core zone, map pixels", 1, 3),
+    Variant("R_OUT", "near zone, map pixels", 3, 6),
+    Variant("TOP_SHARE", "share of gradients that are edges", 0.05, 0.2),
+    Variant("SIMILARITY_THRESHOLD", "similarity threshold of SP", 0.3, 0.7),
+)
+
+
+class Result(NamedTuple):
+    setting: str
+    choice: tuple  # master, auxiliary, stride
+    sc: np.ndarray  # [encoder], mean over the strides
+    ef: np.ndarray  # [encoder], its peak
+
+
+def score_image(settings, run_config, name):
+    """SC and EF of all maps of an image: [2, encoder, stride]."""
+    image, maps = metrics.read_image_and_maps(settings, run_config, name)
+    encoders = run_config["encoders"]
+    scores = np.zeros((2, len(encoders), len(STRIDES)))
+    for i, encoder in enumerate(encoders):
+        for j, stride in enumerate(STRIDES):
+            features = maps[encoder, stride]
+            coherence = metrics.structural_coherence(features, settings.seed)
+            scores[0, i, j] = coherence["SC"]
+            scores[1, i, j] = metrics.edge_fidelity(features, image)["EF"]
+    return scores
+
+
+def choose(folder, run_config, names, setting):
+    """The Result with 02_metrics.py as it is now."""
+    settings = metrics.Settings(run=folder, device="cpu", seed=run_config["seed"])
     with ThreadPoolExecutor(2) as pool:
-        values = np.array(list(pool.map(score, names))).mean(0)  # [encoder * stride, 2]
-    return values.reshape(1, -1, len(STRIDES), 2).transpose(3, 0, 1, 2)
+        scores = list(pool.map(partial(score_image, settings, run_config), names))
+    sc, ef = np.mean(scores, axis=0)  # [encoder, stride] each
+    choice, _ = stage3.select(sc, ef, stage3.Choice(None, None, None))
+    encoders = run_config["encoders"]
+    chosen = (encoders[choice.master], encoders[choice.auxiliary], STRIDES[choice.stride])
+    return Result(setting, chosen, sc.mean(1), ef.max(1))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, default=Path("runs/toycity"))
-    parser.add_argument("--limit", type=int, help="pictures, evenly spaced")
-    args = parser.parse_args()
-    settings, names = metrics.finished_run(args.run)
-    names = names[:: max(1, len(names) // (args.limit or len(names)))]
+    settings = run.parse(__doc__, Settings)
+    run_config, names = metrics.finished_run(settings.run)
+    if settings.limit:
+        names = run.evenly_spaced(names, settings.limit)
     torch.set_num_threads(1)
-    variants = [(None, None)] + [
-        (name, value) for name, (_, *values) in SETTINGS.items() for value in values
-    ]
-    rows = []
-    for name, value in tqdm(variants, "settings"):
-        before = getattr(metrics, name) if name else None
-        if name:
-            setattr(metrics, name, value)
-        sc, ef = profiles(args.run, settings, names)
-        if name:
-            setattr(metrics, name, before)
-        choice, _ = stage3.select(sc, ef, "segmentation", master=None, auxiliary=None, stride=None)
-        master, auxiliary, at = choice[:, 0]
-        what = f"{SETTINGS[name][0]} {before} -> {value}" if name else "as published"
-        chosen = (settings["encoders"][master], settings["encoders"][auxiliary], STRIDES[at])
-        rows.append((what, *chosen, sc[0].mean(1), ef[0].max(1)))
-    print(
-        f"\n{len(names)} pictures; SC: mean over strides, EF: its peak, of {', '.join(settings['encoders'])}"
-    )
-    for what, master, auxiliary, stride, sc, ef in rows:
-        same = "" if (master, auxiliary, stride) == rows[0][1:4] else "   CHANGED"
-        numbers = "  ".join(f"{s:.3f} {e:5.1f}" for s, e in zip(sc, ef, strict=True))
-        print(f"{what:52} {master:12} {auxiliary:12} OS {stride:<3} {numbers}{same}")
+    torch.linalg.eigh(torch.eye(2))  # two threads must not load it at once
+    results = [choose(settings.run, run_config, names, "as published")]
+    for variant in tqdm(VARIANTS, "settings"):
+        before = getattr(metrics, variant.name)
+        for value in (variant.smaller, variant.larger):
+            setattr(metrics, variant.name, value)
+            setting = f"{variant.meaning} {before} -> {value}"
+            results.append(choose(settings.run, run_config, names, setting))
+        setattr(metrics, variant.name, before)
+
+    rows = [["setting", "master", "auxiliary", "stride"]]
+    for encoder in run_config["encoders"]:
+        rows[0] += [f"SC, {encoder}", f"EF, {encoder}"]
+    rows[0].append("")
+    for result in results:
+        row = [result.setting, *map(str, result.choice)]
+        for sc, ef in zip(result.sc, result.ef, strict=True):
+            row += [run.number(sc, 3), run.number(ef, 1)]
+        row.append("" if result.choice == results[0].choice else "CHANGED")
+        rows.append(row)
+    print(f"\n{len(names)} images; SC is its mean over the strides, EF its peak")
+    print(run.table(rows))
 
 
 if __name__ == "__main__":

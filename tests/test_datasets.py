@@ -398,7 +398,7 @@ CASES_OF_A_SAMPLE = [
         "coco_panoptic",
         "val",
         repaint("panoptic_val2017/*.png", lambda pixels: pixels + np.uint8(1)),
-        "segments that its JSON lists .KeyError: [0-9]+",
+        "holds the segment [0-9]+, which .*panoptic_val2017.json does not list",
     ),
     (
         "coco_instance",

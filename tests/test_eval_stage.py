@@ -306,7 +306,7 @@ def test_every_kind_of_benchmark_is_scored_and_drawn(
 
 
 # ------------------------------------------------------------------ several runs
-def write_results(folder, stride, miou, fusion):
+def write_results(folder, stride, miou, fusion, **modes):
     is_alone = fusion == "none"
     model = {
         "master": "a",
@@ -318,6 +318,7 @@ def write_results(folder, stride, miou, fusion):
         "seed": 0,
         "weights": {},
         "steps": 9,
+        **modes,
     }
     content = {
         "benchmark": "toycity",
@@ -336,7 +337,6 @@ RUNS = [
     (8, 43.0, "replace"),
     (16, 42.0, "replace"),
     (32, 39.0, "replace"),
-    (8, 50.0, "add"),
 ]
 
 
@@ -353,6 +353,9 @@ def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
     for stride, miou, fusion in RUNS:
         folder = tmp_path / f"{fusion}{stride}_of_a_long_name"
         folders.append(write_results(folder, stride, miou, fusion))
+    modes = {"master_mode": "frozen", "aux_mode": "finetuned"}
+    folders.append(write_results(tmp_path / "add", 8, 50.0, "add", **modes))
+    folders.append(write_results(tmp_path / "alone", None, 38.0, "none", **modes))
     run.write_json(tmp_path / "other/results.json", {"semantic": {"mIoU": 1.0}})
     (tmp_path / "a_file").write_text("runs/* may name it as well")
     said = stage(
@@ -369,13 +372,15 @@ def test_runs_are_compared_in_one_flat_table(stage, tmp_path):
     assert "a_file" not in said
     rows = cells(said)
     head = ["run", "benchmark", "master", "auxiliary", "OS", "fusion", "steps"]
-    assert rows[0] == [*head, "mIoU", "b_mIoU", "AP", "PQ"]
-    assert [row[4] for row in rows[2:]] == ["-", "4", "8", "8", "16", "32"]
+    assert rows[0] == [*head, "mIoU", "boundary_mIoU", "AP", "PQ"]
+    assert [row[4] for row in rows[2:]] == ["-", "-", "4", "8", "8", "16", "32"]
+    # No auxiliary and no stride where the master is alone
     name = "…a_long_name"
-    alone = [name, "toycity", "a", "-", "-", "none finetuned", "9", "40.0", "-", "-", "-"]
-    assert rows[2] == alone
-    added = [name, "toycity", "a", "b", "8", "add finetuned/frozen", "9", "50.0", "-", "-", "-"]
-    assert added in rows
-    assert max(len(line) for line in said.splitlines() if line[:1] == "|") <= 120
+    assert rows[2] == [name, "toycity", "a", "-", "-", "none", "9", "40.0", "-", "-", "-"]
+    assert rows[3][5] == "none, frozen master"
+    assert rows[4] == [name, "toycity", "a", "b", "4", "replace", "9", "41.0", "-", "-", "-"]
+    assert ["add, frozen master, finetuned auxiliary", "9", "50.0"] in [row[5:8] for row in rows]
+    usual = stage("05_eval", "--compare", *folders[:5])
+    assert max(len(line) for line in usual.splitlines() if line[:1] == "|") <= 120
     with pytest.raises(UserError, match="none of these folders holds results"):
         stage("05_eval", "--compare", tmp_path)

@@ -239,7 +239,7 @@ def test_an_image_that_changed_in_size_or_time_is_extracted_again(album, stage, 
     said = stage("01_extract", *words)
     path = run.feature_path(folder / "run", "tiny_hiera", "1.png")
     image = folder / "album/1.png"
-    assert f"extracting {path} again: {image} has changed since\n" in said
+    assert f"extracting {path} again: {image} has changed since its features were made\n" in said
     assert said.count("again:") == 1 and ": 1 are to be extracted" in said
     for i in range(3):
         maps = run.read_features(folder / "run", "tiny_hiera", f"{i}.png")

@@ -46,20 +46,23 @@ def test_there_are_two_short_examples():
 def test_the_scores_of_a_feature_map(street):
     stage2 = importlib.import_module("02_metrics")
     variables = run_example("02_metrics")
-    image, features = variables["image"], variables["features"]
+    image = variables["image"]
+    features = variables["features"]
     assert image.ndim == features.ndim == 3 and image.shape[0] == 3
     scores = variables["scores"]
     assert list(scores) == [*stage2.SC_SCORES, *stage2.EF_SCORES]
     highest = {"EF": 25, "EF_RELEASED": 100}
     for name, score in scores.items():
-        # Nothing is 0, as it would be for a degenerate map.
+        # A degenerate map would score 0.
         assert isinstance(score, float) and 0 < score <= highest.get(name, 1), name
     assert scores["EC"] + scores["NC"] + scores["FAR"] == pytest.approx(1)
 
 
 def test_a_trained_model_on_an_image(street):
     variables = run_example("05_eval")
-    masks, labels, confidences = (variables[name] for name in ("masks", "labels", "confidences"))
+    masks = variables["masks"]
+    labels = variables["labels"]
+    confidences = variables["confidences"]
     assert 0 < len(masks) == len(labels) == len(confidences) <= 100
     assert masks.dtype == torch.bool and masks.shape[1:] == street
     isthing = [category.isthing for category in BENCHMARKS["toycity"].categories]

@@ -245,7 +245,8 @@ def test_warnings_of_controls_and_of_the_data(tmp_path, choose, capsys):
         degenerate=["edges"],
     )
     _, chosen = choose(tmp_path)
-    words = ("control noise", "4 maps at each stride 1, 1, 1, 1 of edges", "weak", "4 images")
+    everywhere = "edges: 1 at OS 4, 1 at OS 8, 1 at OS 16, 1 at OS 32 of 4 maps"
+    words = ("control noise", everywhere, "weak", "4 images")
     for word, warning in zip(words, chosen["warnings"], strict=True):
         assert word in warning
     assert chosen["random_weights"] == ["weak"]
@@ -308,7 +309,7 @@ def test_misuse_is_told_in_one_line(tmp_path, choose):
     with pytest.raises(run.UserError, match=r"run `python 02_metrics\.py --run .*` first"):
         choose(tmp_path)
     write_run(tmp_path)
-    there = "dino is not in .*: the encoders there are structure, edges, weak"
+    there = "dino is not in .*: there are structure, edges, weak"
     with pytest.raises(run.UserError, match=there):
         choose(tmp_path, "--master", "dino")
     with pytest.raises(run.UserError, match="both weak"):

@@ -111,7 +111,7 @@ def test_the_main_job_on_a_small_toycity(stage, few, tmp_path):
     steps = ("--steps", 2, "--batch-size", 2)
     stage("04_train", "--run", folder, "--out", alone, "--fusion", "none", *steps)
     selection = (alone / "selection.json").read_text()
-    assert json.loads(selection)["chosen_by_hand"] == ["stride"]
+    assert json.loads(selection)["master"] == "tiny_hiera"
     assert json.loads(selection)["auxiliary"] is None
     stage("05_eval", "--run", alone)
     with pytest.raises(UserError, match=r"made with other settings \(auxiliary, stride, fusion"):
@@ -127,6 +127,10 @@ def test_the_main_job_on_a_small_toycity(stage, few, tmp_path):
     for flags in refused:
         with pytest.raises(UserError, match="its own folder with --out"):
             stage("04_train", "--run", folder, *flags)
+
+    added = tmp_path / "added"
+    stage("04_train", "--run", folder, "--out", added, "--fusion", "add", "--steps", 1)
+    assert json.loads((added / "selection.json").read_text())["chosen_by_hand"] == ["stride"]
 
     # Both in one table
     said = stage("05_eval", "--compare", folder, alone, tmp_path)
@@ -235,12 +239,12 @@ def test_of_two_encoders_one_is_trained_alone_when_it_is_named(stage, few, tmp_p
     # Beside a selection it is an ablation, in a folder of its own.
     stage("02_metrics", "--run", folder)
     stage("03_select", "--run", folder, "--stride", 8)
-    with pytest.raises(UserError, match="not the selection of .*its own folder with --out"):
+    with pytest.raises(UserError, match="--fusion none needs its own folder with --out"):
         stage("04_train", *alone, "--master", "tiny_hiera")
     other = tmp_path / "vit"
     stage("04_train", *alone, "--master", "tiny_vit", "--out", other)
     selection = json.loads((other / "selection.json").read_text())
-    assert selection["master"] == "tiny_vit" and selection["chosen_by_hand"] == ["master", "stride"]
+    assert selection["master"] == "tiny_vit" and selection["chosen_by_hand"] == ["master"]
     assert selection["auxiliary"] is None and selection["stride"] is None
     assert "tiny_vit, alone" in stage("05_eval", "--run", other, "--limit", 1)
 
@@ -250,9 +254,12 @@ def test_a_folder_of_an_encoder_alone_is_not_trained_with_fusion(stage, few, tmp
     extract_toycity(stage, few, folder, "tiny_vit")
     steps = ("--steps", 1, "--batch-size", 1)
     stage("04_train", "--run", folder, "--out", alone, "--fusion", "none", *steps)
-    for flags in ((), ("--fusion", "add"), ("--stride", 8)):
-        with pytest.raises(UserError, match="--fusion none"):
+    for flags in ((), ("--out", tmp_path / "other"), ("--fusion", "add"), ("--stride", 8)):
+        with pytest.raises(UserError, match="--fusion none|its own folder with --out"):
             stage("04_train", "--run", alone, *steps, *flags)
+    # What is selected there is the encoder alone.
+    said = stage("04_train", "--run", alone, "--fusion", "none", *steps)
+    assert "nothing is left to train" in said
 
 
 # ------------------------------------------------------------------ weights
