@@ -288,7 +288,7 @@ def main():
     relative = column == "ER"
     require(
         len(encoders) > 1,
-        f"a pair needs two encoders and {folder} has one, {encoders[0]}: "
+        f"a pair needs two encoders and {folder} has one, {encoders[0]}: with labels, "
         f"`{run.command('04_train.py', folder)} --fusion none` trains it alone",
     )
     fixed = fixed_by_hand(settings, metrics)

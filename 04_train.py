@@ -652,6 +652,10 @@ def choose_selection(settings, run_config, folder):
 def select_pair(settings, is_separate):
     """selection.json with what the command line changes."""
     selection = run.read_stage(settings.run, "selection.json", "03_select.py")
+    require(
+        selection["auxiliary"],
+        f"{settings.run} holds {selection['master']} without an auxiliary: give --fusion none",
+    )
     requested = {}
     for part in ("master", "auxiliary", "stride"):
         if getattr(settings, part) is not None:
@@ -677,17 +681,16 @@ def select_alone(settings, run_config, is_separate):
         settings.auxiliary is None and settings.stride is None,
         "--fusion none has no auxiliary: leave --auxiliary and --stride out",
     )
-    has_selection = (settings.run / "selection.json").is_file()
+    selection = {"master": None, "auxiliary": None}
+    if (settings.run / "selection.json").is_file():
+        selection = run.read_stage(settings.run, "selection.json", "03_select.py")
     require(
-        is_separate or not has_selection,
+        is_separate or selection["auxiliary"] is None,
         f"{settings.run} has a selected pair, so --fusion none needs its own folder with --out",
     )
     encoders = run_config["encoders"]
-    if settings.master:
-        master = settings.master
-    elif has_selection:
-        master = run.read_stage(settings.run, "selection.json", "03_select.py")["master"]
-    else:
+    master = settings.master or selection["master"]
+    if master is None:
         require(len(encoders) == 1, f"choose one of {', '.join(encoders)} with --master")
         master = encoders[0]
     by_hand = ["master"] if settings.master else []

@@ -6,7 +6,7 @@ A sample is a dictionary:
     segments  int32 [H, W]: 0 is void, any other value 1 + an index into labels and iscrowd
     labels    int64 [S]: class indices, from 0
     iscrowd   bool [S]: True for a group of things that is annotated as one region
-    image_id  int: COCO's own, else the index in the split
+    image_id  int: COCO's own, else the index among all images on disk
     name      str: the image's path below the data set's folder
     truth     {metric: keyword arguments for update() of its score}, on validation splits
 
