@@ -131,13 +131,14 @@ def read_ade20k(files, size):
 def read_urbansyn(files, size):
     """An instance has a colour, which the JSON names with its class. Other colours are void."""
     ids = label_map(files.labels[0], size, colours=True)
-    regions = {value: Region("unlabeled", False) for value in values_in(ids)}
+    class_of = {}  # also of things that others hide altogether
     with reading(files.labels[1], 'a list of objects with "color" and "label"'):
         for entry in json.loads(files.labels[1].read_bytes()):
             red, green, blue = map(int, entry["color"][:3])
-            value = red + 256 * green + 65536 * blue
-            if value in regions:  # else other things hide all of it
-                regions[value] = Region(entry["label"], False)
+            class_of[red + 256 * green + 65536 * blue] = entry["label"]
+    regions = {}
+    for value in values_in(ids):
+        regions[value] = Region(class_of.get(value, "unlabeled"), iscrowd=False)
     return Labels(ids, regions)
 
 
@@ -291,10 +292,13 @@ class CocoIndex:
             annotations_of = defaultdict(list)
             for annotation in content.pop("annotations"):
                 annotations_of[annotation["image_id"]].append(annotation)
+            # Before any annotation is freed: what stays would be scattered among those that go,
+            # and keep their memory.
+            for image in images:
+                self.add_files(image, annotations_of[image["id"]], split)
             for image in images:
                 # Taken out, so that packing an image frees its annotations.
-                annotations = annotations_of.pop(image["id"], [])
-                self.add(image, annotations, split)
+                self.pack(image, annotations_of.pop(image["id"]))
         require(not annotations_of, f"{self.file} has annotations of images that it does not list")
 
     def check_images(self, images):
@@ -309,37 +313,39 @@ class CocoIndex:
                     f"and {image['file_name']}, ids {other['id']} and {image['id']}",
                 )
 
-    def add(self, image, annotations, split):
-        """Pack an image's annotations."""
+    def add_files(self, image, annotations, split):
+        """Note where an image and its labels lie."""
         name = Path(split, image["file_name"]).as_posix()
+        label_file = f"annotations/{self.file.name}"
         if self.kind == "panoptic":
             require(
                 len(annotations) == 1,
                 f"{self.file}: expected one annotation for each image, {name} has "
                 f"{len(annotations)}",
             )
-            (annotation,) = annotations
-            label_file = f"annotations/panoptic_{split}/{annotation['file_name']}"
+            label_file = f"annotations/panoptic_{split}/{annotations[0]['file_name']}"
+        self.place[image["id"]] = len(self.files)
+        self.files.append(ImageFiles(name, (label_file,), image["id"]))
+
+    def pack(self, image, annotations):
+        """Pack an image's annotations. Those of image number n are at [ends[n], ends[n + 1])."""
+        if self.kind == "panoptic":
             entry = {}
-            for segment in annotation["segments_info"]:
+            for segment in annotations[0]["segments_info"]:
                 iscrowd = bool(segment.get("iscrowd"))
                 entry[segment["id"]] = Region(segment["category_id"], iscrowd)
         else:
-            label_file = f"annotations/{self.file.name}"
             masks = []
             for annotation in annotations:
                 iscrowd = bool(annotation.get("iscrowd"))
                 mask = CocoMask(annotation["category_id"], iscrowd, annotation["segmentation"])
                 masks.append(mask)
             entry = (image["height"], image["width"]), masks
-        # Image number n has its annotations at [ends[n], ends[n + 1]).
-        self.place[image["id"]] = len(self.files)
-        self.files.append(ImageFiles(name, (label_file,), image["id"]))
         self.packed += pickle.dumps(entry)
         self.ends.append(len(self.packed))
 
     def annotations(self, image_id):
-        """What add() packed."""
+        """What pack() packed."""
         place = self.place[image_id]
         return pickle.loads(self.packed[self.ends[place] : self.ends[place + 1]])
 

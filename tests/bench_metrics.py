@@ -106,7 +106,6 @@ def main():
         maps.append({stride: features[0] for stride, features in native.items()})
     del encoder
     torch.set_num_threads(1)
-    torch.linalg.eigh(torch.eye(2))  # two threads must not load it at once
 
     if args.cuda:
         images_there = [image.cuda() for image in images]

@@ -90,7 +90,6 @@ def main():
     if settings.limit:
         names = run.evenly_spaced(names, settings.limit)
     torch.set_num_threads(1)
-    torch.linalg.eigh(torch.eye(2))  # two threads must not load it at once
     results = [choose(settings.run, run_config, names, "as published")]
     for variant in tqdm(VARIANTS, "settings"):
         before = getattr(metrics, variant.name)
