@@ -156,7 +156,10 @@ def structural_coherence(features, seed=0):
 
     features: [C, H, W], any float type, any device. Returns {"SFC", "SCS", "SC": float in [0, 1]}.
     A degenerate map scores 0. seed: for the choice of positions and the start of k-means.
+    ValueError for a batch of maps.
     """
+    if features.ndim != 3:
+        raise ValueError(f"expected one map [C, H, W], got {list(features.shape)}")
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
         if is_degenerate(features):
@@ -220,8 +223,12 @@ def edge_fidelity(features, image):
 
     features: [C, H, W], any float type, any device. image: [3, H0, W0], sRGB in [0, 1]. Returns a
     float for each of EF_SCORES. EC, NC and FAR sum to 1, so EF is at most 25. A degenerate map, and
-    one of less than 3 pixels along an axis, scores 0.
+    one of less than 3 pixels along an axis, scores 0. ValueError for a batch, and for whole numbers.
     """
+    if features.ndim != 3 or image.ndim != 3:
+        raise ValueError("expected one map [C, H, W] and one image [3, H, W]")
+    if not image.is_floating_point():
+        raise ValueError("expected an image of floating-point numbers in [0, 1]")
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
         if is_degenerate(features) or min(features.shape[1:]) < 3:

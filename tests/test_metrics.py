@@ -508,3 +508,14 @@ def test_drawing_leaves_out_images_whose_maps_are_too_small(filled, capsys):
     rows = metrics.edge_rows(settings_of(filled), run_config, run_config["images"], summary)
     assert rows == []
     assert capsys.readouterr().out.count("less than 3 pixels") == 3
+
+
+def test_a_batch_and_an_image_of_whole_numbers_are_refused():
+    features = random(4, 16, 16)
+    image = torch.rand(3, 64, 64)
+    with pytest.raises(ValueError, match=r"one map \[C, H, W\]"):
+        metrics.structural_coherence(features[None])
+    with pytest.raises(ValueError, match=r"one map \[C, H, W\]"):
+        metrics.edge_fidelity(features[None], image)
+    with pytest.raises(ValueError, match=r"floating-point"):
+        metrics.edge_fidelity(features, (255 * image).byte())
