@@ -10,8 +10,8 @@ stored in float16, at the strides that the encoder itself has (its native stride
 are kept, so an interrupted run goes on where it stopped, and after a name is added to --encoders
 only that encoder runs. An image that cannot be read is named and left out.
 
-With --benchmark own_… all labels are checked first. Images keep their size if none has a short side
-above 512 pixels, as enlarging adds nothing. Else each short side becomes 512.
+With --benchmark own_… all labels are checked first, and the images keep their size if none of them
+has a short side above 512 pixels. Other images get a short side of 512, or the benchmark's size.
 
 Writes run.json, features/<encoder>/<image>.safetensors and features.png to the run folder.
 """
@@ -52,7 +52,9 @@ class Settings:
     )
     benchmark: str | None = flag(None, f"{', '.join(BENCHMARKS)} (default: toycity)")
     images: Path | None = flag(None, "take the images of a folder instead", metavar="FOLDER")
-    data: Path = flag(Path("data"), "folder of the data sets; for own_… the data set's own")
+    data: Path = flag(
+        Path("data"), "folder that holds the data sets; with own_… the folder of that data set"
+    )
     encoders: tuple[str, ...] = flag(
         ("tiny_vit", "tiny_hiera"), f"{ENCODER_NAMES}, or timm:NAME", metavar="NAME", nargs="+"
     )
@@ -63,7 +65,7 @@ class Settings:
         None, "images at most (default: 24 of toycity, else 200)", type=positive
     )
     size: str | None = flag(None, SIZE_HELP)
-    seed: int = flag(0, "seed of all random numbers, in later stages too", type=natural)
+    seed: int = flag(0, "seed of all random numbers, in stages 2 and 4 too", type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "processes that read images", type=natural)
 
@@ -84,7 +86,7 @@ def choose_weights(encoders, options):
                 "--encoders",
             )
             files[name] = str(Path(file).resolve())
-    weights.update(files)  # an encoder's own file overrules the word for all
+    weights.update(files)  # NAME=FILE has priority over "pretrained" and "none"
     return weights
 
 
@@ -131,7 +133,7 @@ class Images(Dataset):
         self.root = root
         self.names = names
         self.size = size
-        self.exif = exif  # turn images by their EXIF tag? Labels lie on the pixels as stored
+        self.exif = exif  # turn images by their EXIF tag? Not if there are labels: see read_image()
 
     def __len__(self):
         return len(self.names)
@@ -162,7 +164,9 @@ def check_name(path, name):
     except UnicodeEncodeError:  # bytes that are no UTF-8
         fits = False
     require(
-        fits, f"{ascii(str(path))}: its name is too long, or no text, for a feature file: rename it"
+        fits,
+        f"{ascii(str(path))}: its name is too long for a feature file, or not valid UTF-8: "
+        "rename it",
     )
 
 
@@ -235,20 +239,20 @@ def extract(encoders, missing, loader, folder, device):
     """
     left_out = {}
     waiting = []
-    # Files are written in a thread while the encoders run on. At most four images wait for it.
+    # Files are written in a thread while the encoders run on. A few may wait for it.
     with ThreadPoolExecutor(1) as writer:
-        for name, image, version, error in tqdm(loader, "extracting", unit="image"):
-            if error:
-                left_out[name] = error
-                tqdm.write(f"left out: {error}")
+        for read in tqdm(loader, "extracting", unit="image", disable=len(loader) == 0):
+            if read.error:
+                left_out[read.name] = read.error
+                tqdm.write(f"left out: {read.error}")
                 continue
+            image = read.image[None].to(device, non_blocking=True)
             for encoder in encoders:
-                if name not in missing[encoder.name]:
+                if read.name not in missing[encoder.name]:
                     continue
-                # {native stride: [1, C, h, w]}
-                native = encoder(image[None].to(device, non_blocking=True))
-                path = run.feature_path(folder, encoder.name, name)
-                waiting.append(writer.submit(write_features, path, native, version))
+                native = encoder(image)  # {native stride: [1, C, h, w]}
+                path = run.feature_path(folder, encoder.name, read.name)
+                waiting.append(writer.submit(write_features, path, native, read.version))
             while len(waiting) > 4 * len(encoders):
                 waiting.pop(0).result()
         for written in waiting:
@@ -333,7 +337,8 @@ def main():
     }
     run_config = open_run(folder, config)
 
-    todo = [name for name in names if any(name in images for images in missing.values())]
+    all_missing = set().union(*missing.values())
+    todo = [name for name in names if name in all_missing]
     encoder_names = ", ".join(settings.encoders)
     print(f"{len(names)} images of {root} for {encoder_names}: {len(todo)} are to be extracted")
     images = Images(root, todo, chosen["size"], exif=settings.benchmark is None)
@@ -341,7 +346,8 @@ def main():
     left_out = extract(encoders, missing, loader, folder, settings.device)
     usable = [name for name in names if name not in left_out]
     require(usable, f"none of the {len(names)} images of {root} can be used")
-    run_config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    run_config.setdefault("versions", versions)  # of the start that made the features
     run_config["left_out"] = left_out
     run.write_json(folder / "run.json", run_config)
     report(folder, run_config, usable)

@@ -5,9 +5,9 @@
 
 Structural Coherence (SC) asks whether a feature map is made of large, distinct regions. Edge
 Fidelity (EF) asks whether its edges lie where the image's edges lie. Both follow the paper (arXiv
-2605.16864). The linear edge probe (ER, ours) asks how well a map predicts the image's edges, and
-compares encoders at one output stride. A score means something where it clears three controls that
-need no encoder: white noise, the image itself, and the image shifted.
+2605.16864). The edge readout (ER, ours), a linear probe, asks how well a map predicts the image's
+edges, and compares encoders at one output stride. Three controls need no encoder and show what a
+score is worth: white noise, the image itself, and the image shifted.
 
 From Python, structural_coherence(features) and edge_fidelity(features, image) score one feature
 map. The stage reads run.json and features/. It writes metrics.csv (a row for each image, source and
@@ -74,7 +74,7 @@ R_IN = 2  # the core zone around the image's edges, in map pixels
 R_OUT = 4  # the near zone
 
 # frequency content
-HIGH_FREQUENCY = 0.15  # of the highest frequency, the spectrum's corner: above it is detail
+HIGH_FREQUENCY = 0.15  # of the highest frequency (the spectrum's corner): from here on is detail
 CLIP_PCA = 8  # standard deviations, where FC_PCA clips the component
 
 # spatial precision
@@ -86,8 +86,9 @@ SP_SCALE = 64  # map pixels at which SP falls to one half
 # linear edge probe
 PROBE_POSITIONS = 2048
 FOLDS = 4
-RIDGE = 0.01  # times the number of channels: repeating all channels leaves ER as it is
-WAVES = 4  # cosines along each axis, by which position is regressed out
+# Times the number of channels, so that a map and its copy with each channel twice get the same ER
+RIDGE = 0.01
+WAVES = 4  # cosines along each axis, which stand for position in the image, see probe_samples()
 
 NOISE_CHANNELS = 64  # of the control
 
@@ -113,8 +114,8 @@ def is_degenerate(features):
     """Is there nothing to measure in a feature map [C, H, W]?
 
     So it is if the standard deviation of its L2 norm is under 1e-4 of the mean: for constant maps,
-    for an untrained ViT's normalised tokens (what is left is rounding), for NaN and infinity, and
-    for a single pixel.
+    for an untrained ViT's tokens (LayerNorm gives all of them one length), for NaN and infinity,
+    and for a single pixel.
     """
     norm = channel_norm(features)
     return not norm.std() > 1e-4 * norm.mean()  # "<=" would be False for NaN
@@ -223,7 +224,7 @@ def edge_fidelity(features, image):
 
     features: [C, H, W], any float type, any device. image: [3, H0, W0], sRGB in [0, 1]. Returns a
     float for each of EF_SCORES. EC, NC and FAR sum to 1, so EF is at most 25. A degenerate map, and
-    one of less than 3 pixels along an axis, scores 0. ValueError for a batch, and for whole numbers.
+    one of less than 3 pixels along an axis, scores 0. ValueError for a batch or whole numbers.
     """
     if features.ndim != 3 or image.ndim != 3:
         raise ValueError("expected one map [C, H, W] and one image [3, H, W]")
@@ -330,8 +331,8 @@ def thinned_image_edges(image, size):
     contrast = inner.max() - low
     if contrast < 1e-6:  # an image without contrast has no edges
         return torch.zeros_like(inner, dtype=torch.bool)
-    # Stretched to [0, 1], so that the tolerance of 1e-6 below means the same on any image. The
-    # border does not set the range and is clamped to it.
+    # Stretched to [0, 1], so that the tolerance of 1e-6 below means the same on any image. Pixels
+    # of the border, whose gradient rests on padding, may exceed that range and are clamped.
     gradient = ((gradient - low) / contrast).clamp(0, 1)
     inner = gradient[1:-1, 1:-1]
     is_maximum = inner >= F.max_pool2d(gradient[None], 3, stride=1)[0] - 1e-6
@@ -348,6 +349,7 @@ def frequency_content(values):
     columns = torch.hann_window(width, periodic=False, device=values.device)
     spectrum = torch.fft.fftshift(torch.fft.fft2(values * torch.outer(rows, columns)))
     power = spectrum.abs().square()  # [H, W]
+    # The design's radius: on an even side, frequency 0 lies half a step off the centre of the grid.
     y = torch.linspace(-1, 1, height, device=values.device)
     x = torch.linspace(-1, 1, width, device=values.device)
     radius = torch.hypot(y[:, None], x[None])
@@ -374,7 +376,8 @@ def spatial_precision(norm):
         similarities = []
         # The correlation with the opposite shift is the same, so four directions do for eight.
         for dy, dx in ((r, 0), (0, r), (r, r), (r, -r)):
-            left, right = max(0, -dx), max(0, dx)
+            left = max(0, -dx)  # how much of each side falls away
+            right = max(0, dx)
             # What the map and the map shifted by (dy, dx) have in common
             here = detail[dy:, right : width - left]
             there = detail[: height - dy, left : width - right]
@@ -400,29 +403,30 @@ class EdgeProbe:
     images to fit, it rises.
     """
 
-    def __init__(self, images):
-        self.images = images  # at least as many as there are folds
+    def __init__(self, image_count):
+        self.image_count = image_count  # at least FOLDS
         self.sums = [0.0] * FOLDS  # of the correlations [C+1, C+1] of each fold's images
 
     def fold(self, index):
-        return index * FOLDS // self.images
+        return index * FOLDS // self.image_count
 
     def add(self, index, correlation):
         """Count image `index`, by the correlations of its probe_samples [C+1, C+1]."""
-        self.sums[self.fold(index)] = self.sums[self.fold(index)] + correlation
+        self.sums[self.fold(index)] += correlation
 
     def fit(self):
         """Solve the regression for each fold, from all others. ValueError for too few images."""
         if self.images < FOLDS:
             raise ValueError(f"{FOLDS} folds need as many images, there are {self.images}")
         self.weights = []
-        folds = [self.fold(index) for index in range(self.images)]
+        folds = [self.fold(index) for index in range(self.image_count)]
         for fold in range(FOLDS):
-            others = sum(self.sums[:fold] + self.sums[fold + 1 :])
-            others = others / (self.images - folds.count(fold))
-            channels = len(others) - 1
-            gram = others[:-1, :-1] + RIDGE * channels * torch.eye(channels, device=others.device)
-            self.weights.append(torch.linalg.solve(gram, others[:-1, -1]))  # [C]
+            other_sums = self.sums[:fold] + self.sums[fold + 1 :]  # two lists, joined
+            # [C+1, C+1], the edges last
+            mean = sum(other_sums) / (self.image_count - folds.count(fold))
+            channels = len(mean) - 1
+            gram = mean[:-1, :-1] + RIDGE * channels * torch.eye(channels, device=mean.device)
+            self.weights.append(torch.linalg.solve(gram, mean[:-1, -1]))  # [C]
 
     def score(self, index, samples):
         """ER of image `index`, from its probe_samples [n, C+1]."""
@@ -575,12 +579,11 @@ def summarise(table, sources, seed):
     for source in sources:
         summary[source] = {}
         for stride in STRIDES:
-            rows = [[scores[source, stride][name] for name in SCORES] for scores in table]
-            means = weights @ np.array(rows)  # [1 + resamples, scores]
-            low, high = np.percentile(means[1:], [2.5, 97.5], axis=0)
             summary[source][str(stride)] = {}
-            for i, name in enumerate(SCORES):
-                numbers = {"mean": means[0, i], "low": low[i], "high": high[i]}
+            for name in SCORES:
+                means = weights @ [scores[source, stride][name] for scores in table]
+                low, high = np.percentile(means[1:], [2.5, 97.5])
+                numbers = {"mean": means[0], "low": low, "high": high}
                 summary[source][str(stride)][name] = numbers
     return summary
 
@@ -591,8 +594,12 @@ def count_degenerate(table, encoders):
     for encoder in encoders:
         counts[encoder] = {}
         for stride in STRIDES:
-            # Only a degenerate map has an SFC of exactly 0.
-            counts[encoder][str(stride)] = sum(s[encoder, stride]["SFC"] == 0 for s in table)
+            count = 0
+            for scores in table:
+                # SP is above 0 for all other maps of three pixels or more.
+                score = scores[encoder, stride]
+                count += score["SFC"] == 0 and score["SP"] == 0
+            counts[encoder][str(stride)] = count
     return counts
 
 
@@ -675,8 +682,8 @@ def kmeans(points, k, generator):
         distance = squared_distances(centres, points)  # [R, k, n]
         nearest = distance.amin(1, keepdim=True)  # [R, 1, n]
         best = nearest.sum(2).argmin()  # by its inertia
-        # The index of the minimum would be slow, so distances are compared with it, in place. Two
-        # centres on one spot share their points and stay together, which does no harm.
+        # Which centre is nearest? argmin() would be slow, so each distance is compared with the
+        # smallest one, and the result overwrites it. Centres on one spot then share their points.
         member = distance.eq_(nearest)  # [R, k, n], 1.0 or 0.0
         size = member.sum(2, keepdim=True)  # [R, k, 1]
         means = member @ points / size.clamp_min(1)
@@ -771,6 +778,7 @@ def main():
     }
     run.write_json(folder / "metrics.json", metrics)
     draw_profiles(folder / "metrics.png", metrics)
+    (folder / "edges.png").unlink(missing_ok=True)
     rows = edge_rows(settings, run_config, names, metrics["scores"])
     if rows:
         draw_edges(folder / "edges.png", rows)

@@ -1,6 +1,6 @@
 """Stage 3: choose the pair of encoders, and the output stride at which to fuse them.
 
-    python 03_select.py                       the embedded benchmark, runs/toycity
+    python 03_select.py                       the shipped example, runs/toycity
     python 03_select.py --run runs/mine       any run folder that 02_metrics.py has filled
     python 03_select.py --stride 8            choose a part by hand
     python 03_select.py --score readout       choose auxiliary and stride by the linear edge probe
@@ -31,8 +31,9 @@ CONTROL_CONFIDENCE = 0.975  # the share of resamples in which a winner must exce
 CHOICE_STABILITY = 0.9  # the share of resamples that must choose the same
 FEW_IMAGES = 10  # resamples of fewer images say little about other images
 SCORE_COLUMNS = {"ef": "EF", "ef_released": "EF_RELEASED", "readout": "ER"}
-# White noise has a low SC but at the coarsest stride, so images are an encoder's rivals in SC.
-# In EF white noise scores high, as it has most high frequencies.
+# White noise has a low SC, except at the coarsest stride, so it is no rival of an encoder in SC.
+# The image and the shifted image are. In EF noise scores high, as it has most high frequencies.
+# ER of the image is what a probe gets from raw pixels, and an encoder should add to that.
 SC_CONTROLS = ("image", "shifted")
 EDGE_CONTROLS = {"EF": ("noise",), "EF_RELEASED": ("noise",), "ER": ("noise", "image")}
 
@@ -44,12 +45,15 @@ class Settings:
     master: str | None = flag(None, "take this encoder as master", metavar="ENCODER")
     auxiliary: str | None = flag(None, "take this encoder as auxiliary", metavar="ENCODER")
     stride: int | None = flag(None, "fuse at this stride", choices=(4, 8, 16, 32))
-    seed: int = flag(0, "of the resamples", type=natural)
+    seed: int = flag(0, "seed of the resamples", type=natural)
 
 
 # ------------------------------------------------------------------ the rule
 class Choice(NamedTuple):
-    """A value for each part: an index, a lead, or None where nothing is fixed."""
+    """A value for each part of the choice.
+
+    It is the index of an encoder or stride (None: not fixed by hand), or the winner's lead.
+    """
 
     master: int | float | None
     auxiliary: int | float | None
@@ -60,8 +64,8 @@ def select(sc, edge, fixed, relative=False):
     """Choose master, auxiliary and stride (rule: paper).
 
     sc, edge: mean scores of the candidates, [encoders, strides]. fixed: a Choice of indices that
-    are chosen by hand, each None where the rule chooses. relative: True for ER, of which the lead
-    over the master's counts.
+    are chosen by hand, each None where the rule chooses. relative: True for ER, where what counts
+    is by how much the auxiliary's score exceeds the master's.
 
     Returns two Choices: of indices, and of each winner's lead over the second best. A lead of 0 is
     a tie, and it is infinite where there is no second.
@@ -146,7 +150,8 @@ def measure_stability(sc, edge, choice, fixed, relative):
         same["master"] += chosen.master == choice.master
         same["auxiliary"] += chosen.auxiliary == choice.auxiliary
         same["stride"] += chosen.stride == choice.stride
-        same["pair"] += chosen[:2] == choice[:2]
+        same_pair = chosen.master == choice.master and chosen.auxiliary == choice.auxiliary
+        same["pair"] += same_pair
         same["all"] += chosen == choice
     return {name: count / len(sc) for name, count in same.items()}
 
@@ -323,7 +328,7 @@ def main():
         "random_weights": metrics["random_weights"],
     }
     warnings = control_warnings(metrics, selection, sc, edge)
-    # A part that is fixed, or has no second, is the same in every resample.
+    # Of two encoders the auxiliary changes with the master, and the master's warning says enough.
     for part, lead in leads._asdict().items():
         if stability[part] < CHOICE_STABILITY and np.isfinite(lead):
             share = f"only {stability[part]:.0%} of the resamples choose the same {part}"

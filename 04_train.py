@@ -20,6 +20,7 @@ checkpoint.pt, log.csv and loss.png to --out (default: --run).
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -27,6 +28,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from common import figures, run
 from common.datasets import BENCHMARKS, open_split
@@ -64,7 +66,8 @@ class Settings:
     stride: int | None = flag(None, "instead of the selected one", choices=(4, 8, 16, 32))
     fusion: str = flag(
         "replace",
-        "replace the master's map, concat or add to it, or none: the master alone",
+        "the auxiliary's map replaces the master's, is concatenated with it or added to it; none: "
+        "there is no auxiliary",
         choices=FUSIONS,
     )
     master_mode: str = flag("finetuned", choices=MODES)
@@ -77,9 +80,7 @@ class Settings:
     accumulate: int = flag(
         1, "parts of a batch, one after the other, to save memory", type=positive
     )
-    save_every: int | None = flag(
-        None, "steps between checkpoints (default: 1000, on a CPU 200)", type=positive
-    )
+    save_every: int = flag(500, "steps between checkpoints", type=positive)
     seed: int | None = flag(None, "(default: as in stage 1)", type=natural)
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "processes that read images, for each GPU", type=natural)
@@ -128,7 +129,9 @@ class Recipe:
         0.1, "the encoders' learning rate, relative to the decoder's", type=not_negative
     )
     milestones: tuple[int, ...] = flag(
-        (), "steps at which the learning rate falls to a tenth; none: --poly-power", nargs="*"
+        (),
+        "steps where the learning rate falls to a tenth (none: it decays by --poly-power)",
+        nargs="*",
     )
     poly_power: float = flag(1.0, "of the decay (1 - step / steps)^power", type=not_negative)
     weight_decay: float = flag(0.05, type=not_negative)
@@ -202,8 +205,9 @@ for _name in BENCHMARKS:
 def fit_recipe(samples, device):
     """A recipe for a data set that has none, by its images' number and size and the device.
 
-    A crop is three quarters of an image. Images are only scaled down: to 2^20 pixels on a GPU, with
-    crops about as large as the release's, and to 2^18 on a CPU, where a step takes a second or two.
+    A crop has three quarters of an image's height and width. The working size is the images' own,
+    or smaller: at most 2^20 pixels on a GPU, with crops about as large as the release's, and 2^18
+    on a CPU, where a step takes a second or two. Training scales it at random by 0.75 to 1.5.
     """
     some = run.evenly_spaced(range(len(samples)), 25)
     sizes = [samples[index]["image"].shape[1:] for index in some]
@@ -243,7 +247,7 @@ def choose_recipe(recipe, settings, changes):
         # The release's recipes are those of 3 images. ADE20K's is Mask2Former's own already.
         if recipe.batch_size != Recipe.batch_size:
             print("--recipe mask2former changes nothing for this benchmark")
-        elif recipe.milestones:
+        elif recipe.milestones:  # COCO's steps and milestones stay as they are
             recipe = replace(recipe, batch_size=16)
         else:
             recipe = replace(recipe, batch_size=16, steps=90_000, poly_power=0.9)
@@ -255,6 +259,10 @@ def choose_recipe(recipe, settings, changes):
     milestones = tuple(round(at * steps / recipe.steps) for at in recipe.milestones)
     recipe = replace(recipe, **{"milestones": milestones, **changes, "steps": steps})
 
+    require(
+        min(recipe.learning_rate, recipe.encoder_multiplier, recipe.max_grad_norm) > 0,
+        "--learning-rate, --encoder-multiplier, --max-grad-norm: with 0 nothing is learned",
+    )
     smaller, larger = recipe.resize
     require(0 < smaller <= larger, "--resize: expected two sides in pixels, the smaller one first")
     fits = recipe.hidden_dim % 32 == 0 and recipe.hidden_dim % recipe.heads == 0
@@ -385,11 +393,15 @@ def crop_numbers(recipe, first, accumulate):
             yield range(start, start + size)
 
 
-def load_micro_batches(samples, recipe, seed, settings, first):
-    """Yield images float32 [b, 3, h, w], and lists of masks, labels and names, one an image.
+class MicroBatch(NamedTuple):
+    images: torch.Tensor  # float32 [b, 3, h, w] in [0, 1]
+    masks: list[torch.Tensor]  # for each image float32 [S, h, w] of 0 and 1
+    labels: list[torch.Tensor]  # int64 [S]
+    names: list[str]
 
-    Masks are float32 [S, h, w] of 0 and 1, labels int64 [S].
-    """
+
+def load_micro_batches(samples, recipe, seed, settings, first):
+    """Yield this process's MicroBatches from step `first` on."""
     device = settings.device
     loader = DataLoader(
         TrainCrops(samples, recipe, seed),
@@ -402,7 +414,8 @@ def load_micro_batches(samples, recipe, seed, settings, first):
         images = torch.stack([crop["image"].to(device, non_blocking=True) for crop in crops])
         masks = [crop["masks"].to(device).float() for crop in crops]
         labels = [crop["labels"].to(device) for crop in crops]
-        yield images, masks, labels, [crop["name"] for crop in crops]
+        names = [crop["name"] for crop in crops]
+        yield MicroBatch(images, masks, labels, names)
 
 
 # ------------------------------------------------------------------ optimiser and schedule
@@ -449,7 +462,6 @@ def train(model, samples, training, settings, folder, checkpoint=None):
     recipe = Recipe(**training["recipe"])
     device = settings.device
     accumulate = settings.accumulate
-    save_every = settings.save_every or (1000 if device == "cuda" else 200)
     model.to(device).train()
     optimiser = make_optimiser(model, recipe)
     first = 0
@@ -460,63 +472,63 @@ def train(model, samples, training, settings, folder, checkpoint=None):
         checkpoint.clear()  # frees its memory: it holds weights and moments a second time
     parallel_model = wrap_for_processes(model, first, device)
     micro_batches = load_micro_batches(samples, recipe, training["seed"], settings, first)
-    signals = collect_signals()
-    log = open_log(folder, first)
     stop = False
     bar = tqdm(
         range(first, recipe.steps), "training", recipe.steps, initial=first, disable=RANK > 0
     )
-    for step in bar:
-        # -------------------------------------------------------------- learning rate
-        began = time.perf_counter()
-        factor = schedule(step, recipe)
-        for group in optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+    with collect_signals() as signals, open_log(folder, first) as log:
+        for step in bar:
+            # ---------------------------------------------------------- learning rate
+            began = time.perf_counter()
+            factor = schedule(step, recipe)
+            for group in optimiser.param_groups:
+                group["lr"] = group["initial_lr"] * factor
 
-        terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
-        image_names = []
-        for micro_batch_index in range(accumulate):
-            # ---------------------------------------------------------- forward
-            images, masks, labels, names = next(micro_batches)
-            image_names += names
-            stopped = f"training stopped in step {step + 1}, images {', '.join(image_names)}"
-            # The loss samples points, and no two micro-batches of a training draw the same ones:
-            # steps stay below 2^40, and trainings of different seeds lie a million steps apart.
-            part = RANK * accumulate + micro_batch_index
-            torch.manual_seed(training["seed"] * 1_000_003 + step + (part << 40))
-            if WORLD > 1:  # processes average their gradients once a step
-                is_last_part = micro_batch_index == accumulate - 1
-                parallel_model.require_backward_grad_sync = is_last_part
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                outputs = parallel_model(images)
-            # ---------------------------------------------------------- loss
-            try:
-                losses = model.losses(outputs, masks, labels)
-            except FloatingPointError as error:
-                raise UserError(f"{stopped}: {error}") from None
-            terms += torch.stack([loss.detach() for loss in losses.values()]) / accumulate
-            # ---------------------------------------------------------- backward
-            (sum(losses.values()) / accumulate).backward()
-        # -------------------------------------------------------------- optimiser step
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        require(norm.isfinite(), f"{stopped}: the gradient is not finite")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        # -------------------------------------------------------------- log
-        terms = terms.tolist()
-        loss = sum(terms)
-        seconds = time.perf_counter() - began
-        row = (step + 1, loss, *terms, recipe.learning_rate * factor, seconds)
-        print(*row, sep=",", file=log)
-        bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
-        # -------------------------------------------------------------- save
-        is_last = step + 1 == recipe.steps
-        stop = bool(signals) and not is_last  # read once, as a signal may come at any moment
-        if (step + 1) % save_every == 0 or is_last or stop:
-            save_checkpoint(folder, model, optimiser, step + 1, training)
-        if stop:
-            break
-    log.close()
+            terms = torch.zeros(len(LOSS_WEIGHTS), device=device)
+            image_names = []
+            for micro_batch_index in range(accumulate):
+                # ------------------------------------------------------ forward
+                micro_batch = next(micro_batches)
+                image_names += micro_batch.names
+                error_place = (
+                    f"training stopped in step {step + 1}, images {', '.join(image_names)}"
+                )
+                # The loss samples points at random, and no two micro-batches draw the same ones: a
+                # step moves the seed by 1, the training's seed by a million, a part by 2^40.
+                part = RANK * accumulate + micro_batch_index
+                torch.manual_seed(training["seed"] * 1_000_003 + step + (part << 40))
+                if WORLD > 1:  # processes average their gradients once a step
+                    is_last_part = micro_batch_index == accumulate - 1
+                    parallel_model.require_backward_grad_sync = is_last_part
+                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                    outputs = parallel_model(micro_batch.images)
+                # ------------------------------------------------------ loss
+                try:
+                    losses = model.losses(outputs, micro_batch.masks, micro_batch.labels)
+                except FloatingPointError as error:
+                    raise UserError(f"{error_place}: {error}") from None
+                terms += torch.stack([loss.detach() for loss in losses.values()]) / accumulate
+                # ------------------------------------------------------ backward
+                (sum(losses.values()) / accumulate).backward()
+            # ---------------------------------------------------------- optimiser step
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            require(norm.isfinite(), f"{error_place}: the gradient is not finite")
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            # ---------------------------------------------------------- log
+            terms = terms.tolist()
+            loss = sum(terms)
+            seconds = time.perf_counter() - began
+            row = (step + 1, loss, *terms, recipe.learning_rate * factor, seconds)
+            print(*row, sep=",", file=log)
+            bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+            # ---------------------------------------------------------- save
+            is_last = step + 1 == recipe.steps
+            stop = bool(signals) and not is_last  # read once, as a signal may come at any moment
+            if (step + 1) % settings.save_every == 0 or is_last or stop:
+                save_checkpoint(folder, model, optimiser, step + 1, training)
+            if stop:
+                break
     return signals[0] if stop else None
 
 
@@ -536,16 +548,24 @@ def wrap_for_processes(model, first, device):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
+@contextlib.contextmanager
 def collect_signals():
-    """A list to which Ctrl-C and SIGTERM are added from now on. The step that runs ends first."""
+    """Yield a list to which Ctrl-C and SIGTERM are added, so that the step that runs can end first.
+
+    Processes do not wait for each other: torchrun signals all of them.
+    """
     signals = []
 
     def remember(number, frame):
         signals.append(number)
 
-    signal.signal(signal.SIGINT, remember)
-    signal.signal(signal.SIGTERM, remember)
-    return signals
+    before_int = signal.signal(signal.SIGINT, remember)
+    before_term = signal.signal(signal.SIGTERM, remember)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before_int)
+        signal.signal(signal.SIGTERM, before_term)
 
 
 # ------------------------------------------------------------------ files
@@ -557,7 +577,7 @@ def open_log(folder, first):
     else:
         rows = [",".join(LOG_COLUMNS)]
         if first and path.is_file():
-            for row in path.read_text().splitlines()[1:]:
+            for row in path.read_text(errors="replace").splitlines()[1:]:
                 step = row.partition(",")[0]
                 if step.isdecimal() and int(step) <= first:
                     rows.append(row)
@@ -773,7 +793,9 @@ def main():
     # Random weights have nothing to keep, so they learn as fast as the decoder.
     if weights[selection["master"]] == "none":
         changes.setdefault("encoder_multiplier", 1.0)
-    samples = open_split(benchmark, settings.data or Path(run_config["data"]), "train")
+    data = settings.data or Path(run_config["data"])
+    require(data.is_dir(), f"there is no folder {data}: say where your data sets are with --data")
+    samples = open_split(benchmark, data, "train")
     recipe = RECIPES.get(benchmark) or fit_recipe(samples, settings.device)
     recipe = choose_recipe(recipe, settings, changes)
 
@@ -788,7 +810,7 @@ def main():
         "master_mode": settings.master_mode,
         "aux_mode": settings.aux_mode,
         "seed": run_config["seed"] if settings.seed is None else settings.seed,
-        "accumulate": settings.accumulate,
+        "parts": WORLD * settings.accumulate,  # of a batch, each with a loss of its own
         "weights": weights,
         "weights_from": weights_from,
         "train_images": len(samples),

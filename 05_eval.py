@@ -52,7 +52,7 @@ class Settings:
     data: Path | None = flag(None, "data root (default: as in stage 1)")
     limit: int | None = flag(None, "evaluate this many images, evenly spaced", type=positive)
     images: Path | None = flag(None, "draw predictions on a folder of images", metavar="FOLDER")
-    compare: tuple[Path, ...] = flag((), "table several runs' results", metavar="RUN", nargs="+")
+    compare: tuple[Path, ...] = flag((), "print a table of several runs", metavar="RUN", nargs="+")
     device: str = flag(DEVICES[0], choices=DEVICES)
     workers: int = flag(CORES, "processes that read images", type=natural)
 
@@ -212,6 +212,7 @@ def decode(metric, prediction, samples):
         return {"pred": semantic(prediction)}
     if metric == "AP":
         found = instances(prediction, isthing)
+        # Both scores take the data set's own category ids, under different names.
         ids_name = "category_ids" if samples.coco else "labels"
         ids = category_ids[found.labels]
         return {"masks": found.masks, ids_name: ids, "scores": found.confidences}
@@ -305,9 +306,11 @@ def describe(training, samples, images):
         if weights == "none":
             text += f"RANDOM WEIGHTS at the start: {encoder}\n"
     kind = "images held out of train" if samples.held_out else "images"
-    paper = f"{', '.join(benchmark.metrics)} {benchmark.paper}"
     evaluated_on = f"{training['benchmark']}, {images} of {len(samples)} {kind}"
-    return f"{text}\n{evaluated_on}, the paper has {paper}\n"
+    text += f"\n{evaluated_on}"
+    if benchmark.paper != "-":
+        text += f", the paper has {', '.join(benchmark.metrics)} {benchmark.paper}"
+    return text + "\n"
 
 
 def report(path, results, samples, training, images):
@@ -319,8 +322,11 @@ def report(path, results, samples, training, images):
     scores = dict(shown)
     per_class = {}
     for metric, result in results.items():
-        per_class[metric] = result.pop("per_class")
-        scores.update(result)
+        for name, value in result.items():
+            if name == "per_class":
+                per_class[metric] = value
+            else:
+                scores[name] = value
     kept = ("master", "auxiliary", "stride", "fusion", "master_mode", "aux_mode", "seed", "weights")
     model = {key: training[key] for key in kept}
     content = {
@@ -361,7 +367,7 @@ def compare(folders):
             words.append(model["auxiliary"] or "-")
             # Names often differ at their ends only.
             row = [word if len(word) <= 12 else f"…{word[-11:]}" for word in words]
-            stride = model["stride"] or 0
+            stride = int(model["stride"] or 0)
             row.append(str(model["stride"] or "-"))
             # The usual modes, a finetuned master and a frozen auxiliary, are not named.
             fusion = model["fusion"]
@@ -394,8 +400,8 @@ def load_trained(folder):
     try:
         checkpoint = run.read_checkpoint(path)
         training = checkpoint["training"]
-        step = checkpoint["step"]
-        steps = training["recipe"]["steps"]
+        step = int(checkpoint["step"])
+        steps = int(training["recipe"]["steps"])
         model = build_model(training, weights={})
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # torch raises many types for a damaged file
@@ -578,7 +584,7 @@ class CityscapesInstanceScore:
         classes = np.where(values >= 1000, values // 1000, values)
         classes[classes == 34] = 11  # KITTI-360's garages are buildings
         is_void = np.isin(values, CITYSCAPES_VOID)
-        is_group = values < 1000
+        is_group = values < 1000  # or stuff, of which there are no predictions, or void
         is_small = true_area < self.SMALLEST
         is_required = ~is_group & ~is_small
         same_class_overlap = overlap * (labels[:, None] == classes)
@@ -594,8 +600,8 @@ class CityscapesInstanceScore:
         reaches = iou[..., None] > self.OVERLAPS  # [N, V, OVERLAPS]
         is_wrong = ~reaches.any(1) & ~is_ignored
         reaches = reaches[:, is_required]
-        # Of several predictions of one instance, the most confident one is its match: where it
-        # reaches the threshold, it is the first to do so.
+        # Several predictions may reach the threshold with one instance. They are sorted by
+        # confidence, so the first of them is its match.
         is_first = reaches.cumsum(0) == 1
         self.labels.append(labels)
         self.scores.append(scores[order])
@@ -642,7 +648,8 @@ class CityscapesInstanceScore:
         the distance in recall between the points before and after it.
         """
         order = np.argsort(-scores)
-        # The last index of each different score, the -1 ends the last one
+        # The index of the last prediction of each score. The -1 behind them differs from all of
+        # them, so the very last prediction is one of these, too.
         last = np.flatnonzero(np.diff(scores[order], append=-1))
         hits = is_match[order].cumsum()[last]
         precision = np.append(1, hits / (last + 1))
@@ -669,7 +676,8 @@ class CocoInstanceScore:
             # pycocotools takes both for granted.
             entry.setdefault("iscrowd", 0)
             entry.setdefault("area", float(rle.area(mask)))
-            # Numbered anew: to pycocotools an id of 0 is no match, and of two alike it keeps one.
+            # New ids: pycocotools takes a match with annotation 0 for none, and of two annotations
+            # with the same id it keeps only one.
             entry["id"] = len(entries) + 1
             entry["segmentation"] = mask
             entries.append(entry)

@@ -70,7 +70,7 @@ class Layout(NamedTuple):
 
     files: list[ImageFiles]
     read: Callable  # (ImageFiles with whole paths, image size) -> Labels
-    category_ids: dict  # {raw label: category id, or an id that is not evaluated}
+    category_ids: dict  # {raw label: category id}; an id that no category has is not evaluated
     categories: list[Category] | None = None  # None: the benchmark's
     coco: object = None  # CocoIndex
 
@@ -284,7 +284,8 @@ class CocoIndex:
             content = json.loads(self.file.read_text("utf-8-sig"))
             self.categories = []
             for entry in content["categories"]:
-                isthing = bool(entry.get("isthing", True))
+                # In an instances JSON all are things.
+                isthing = kind == "instances" or bool(entry.get("isthing", True))
                 self.categories.append(Category(entry["id"], entry["name"], isthing))
             # By name, so that the order does not depend on the tool that wrote the JSON
             images = sorted(content["images"], key=lambda image: image["file_name"])
@@ -407,8 +408,9 @@ def encode_mask(mask, size):
 def run_lengths(text):
     """Decode the run lengths of COCO's compressed encoding, which pycocotools keeps to itself.
 
-    A letter holds five bits and says whether more of the number follow, the lowest bits first. From
-    the third run on, a number is the difference to the run before the last.
+    A letter holds five bits of a number, the lowest first, and a sixth that says whether more
+    letters of it follow. Numbers are in two's complement. From the third run on, a number is the
+    difference to the run before the last.
     """
     letters = text.encode() if isinstance(text, str) else text
     counts = []
@@ -546,7 +548,7 @@ BENCHMARKS = {
         train_on=KITTI360,
         evaluate_on=KITTI360,
         categories=KITTI360_THINGS,
-        excluded_from_mean=("bus", "train"),
+        excluded_from_mean=("bus", "train"),  # the official AP has seven classes
         paper="21.9 (AP_things)",
     ),
     "urbansyn_to_cityscapes_instance": replace(
@@ -662,6 +664,7 @@ class Split(Dataset):
         segment_of, segments = self.make_segments(labels.regions, files.labels[0])
         sample = {"image": image, "image_id": files.image_id, "name": self.files[index].image}
         if isinstance(labels.ids_or_masks, list):
+            # Each mask is a thing of a known class, so it is one segment, in this order.
             sample["rles"] = labels.ids_or_masks
         else:
             sample["segments"] = torch.from_numpy(segment_of[labels.ids_or_masks])

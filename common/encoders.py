@@ -125,24 +125,25 @@ def find_encoder(name):
     """
     if name in ENCODERS:
         return ENCODERS[name]
-    model = name.removeprefix("timm:")
     known = ", ".join(ENCODERS)
-    require(model != name, f"unknown encoder {name!r}: known are {known}, and timm:NAME")
+    is_timm = name.startswith("timm:")
+    require(is_timm, f"unknown encoder {name!r}: known are {known}, and timm:NAME")
+    model = name.removeprefix("timm:")
     try:
-        # Which of the strides it has, and with how many channels, is not known before it is probed.
+        # Which of the strides it has, and with how many channels, is not known before it is tried.
         spec = timm_spec(model, channels=dict.fromkeys(STRIDES))
     except Exception:  # timm raises different types for a wrong name and a wrong tag
         raise UserError(f"timm has no model {model!r}: timm.list_pretrained() lists them") from None
     # timm's models differ in the argument that makes them take any size, so each is tried.
     for arguments in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         spec = spec._replace(arguments=arguments)
-        channels = probe(spec)
+        channels = measure_channels(spec)
         if channels:
             return spec._replace(channels=channels)
     raise UserError(f"timm's {model} gives no maps for images of any size: choose another encoder")
 
 
-def probe(spec):
+def measure_channels(spec):
     """Return {native stride: channels} of a model of timm, or {} if it cannot take a 64 x 96 image.
 
     On the device "meta" the model runs without memory and without arithmetic.
@@ -337,7 +338,7 @@ def load_weights(encoder, path):
             contents = load_file(path)
         else:
             contents = dict(torch.load(path, "cpu", weights_only=True))
-    except Exception:  # torch would advise to run the code that a pickle may hold
+    except Exception:  # torch's message advises weights_only=False, which runs code in the file
         raise UserError(f"{what} cannot be read as tensors") from None
     try:
         tensors = tensors_for(encoder, contents, what)
@@ -400,13 +401,11 @@ def convert(model, tensors, what):
         with contextlib.suppress(Exception), contextlib.redirect_stdout(None):
             converted = module.checkpoint_filter_fn(dict(tensors), model)
 
-    # timm's function also resamples tables of another size without a word, which is refused here.
-    # Only the class token's row may be dropped from positional encodings, as from DINOv2's.
+    # timm's function also resamples tables of another size without a word, which is refused here. A
+    # table that was resampled lies in new memory, and one that was renamed or sliced does not.
+    storages = {value.untyped_storage().data_ptr() for value in tensors.values()}
     for key, table in converted.items():
         if key.endswith(("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")):
-            row = table.shape[-1]
-            sizes = [tensors[name].numel() for name in tensors if name.endswith(key)]
-            # As many numbers as the file's table has, or one row less: it was not resampled.
-            kept = any(abs(size - table.numel()) <= row for size in sizes)
-            require(kept, f"{what} does not fit: {key} is missing or of another size")
+            is_original = table.untyped_storage().data_ptr() in storages
+            require(is_original, f"{what} does not fit: {key} is of another size")
     return converted

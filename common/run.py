@@ -78,7 +78,8 @@ def start(main):
     # After an error workers may still be alive, and they ignore Ctrl-C and SIGTERM. Without the
     # default handler PyTorch would report their end as a second error.
     for worker in multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):  # Windows has none
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         worker.kill()
     sys.exit(exit_code)
 
@@ -121,8 +122,8 @@ def flag(default, help="", **argparse_options):
 def parse(description, settings_class, overrides=None):
     """Read the command line into an instance of `settings_class`, a dataclass of `flag` fields.
 
-    The fields of `overrides`, another such dataclass, become flags too. If it is given, the result
-    is the instance and a dictionary of those of its fields that stand on the command line.
+    The fields of `overrides`, another such dataclass, become flags too. Then the result is a pair:
+    the instance, and {field of overrides: value} of the flags that were given.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,7 +145,7 @@ def parse(description, settings_class, overrides=None):
 
 
 def add_flag(parser, field, show_default):
-    """Add a dataclass field to an argparse parser. A flag that is not given leaves no trace."""
+    """Add a dataclass field to an argparse parser. parse_args() omits flags that are not given."""
     options = dict(field.metadata)
     if field.type is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -153,8 +154,9 @@ def add_flag(parser, field, show_default):
         inside = typing.get_args(field.type) or (field.type,)
         options["type"] = inside[0]
     default = field.default
-    is_said_elsewhere = default is None or default is False or default == ()
-    if show_default and not is_said_elsewhere:
+    # What None, False and () stand for is said in the help text itself.
+    has_plain_default = not (default is None or default is False or default == ())
+    if show_default and has_plain_default:
         if isinstance(default, tuple):
             default = " ".join(map(str, default))
         options["help"] = f"{options['help']} (default: {default})".lstrip()
@@ -210,6 +212,8 @@ def read_stage(folder, file, stage):
     """
     path = folder / file
     again = f"run `{command(stage, folder)}`"
+    if stage == "01_extract.py":  # which needs more than the folder
+        again = f"run `{command(stage, folder)} …`"
     require(folder.is_dir(), f"the run folder {folder} is missing: {again} first")
     require(path.is_file(), f"{path} is missing: {again} first")
     try:
