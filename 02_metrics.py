@@ -53,6 +53,7 @@ EF_SCORES = (
     "EF_RELEASED",  # that of the authors' code
 )
 SCORES = (*SC_SCORES, *EF_SCORES, "ER")
+PRINTED_DIGITS = {"SC": 3, "EF": 1, "EF_RELEASED": 1, "ER": 3}  # after the point
 
 # structured feature contrast
 CELLS = 16  # along each axis
@@ -649,7 +650,7 @@ def report(metrics, folder):
     """Print a row for each source and score, controls last, and what may make scores useless."""
     rows = [["source", "score", *(f"OS {stride}" for stride in STRIDES)]]
     for source, profile in metrics["scores"].items():
-        for score, digits in {"SC": 3, "EF": 1, "EF_RELEASED": 1, "ER": 3}.items():
+        for score, digits in PRINTED_DIGITS.items():
             means = [profile[str(stride)][score]["mean"] for stride in STRIDES]
             rows.append([source, score, *(run.number(mean, digits) for mean in means)])
     print(f"\n{run.table(rows)}")

@@ -131,7 +131,7 @@ def main():
         "master_mode": "finetuned",
         "aux_mode": "frozen",
         "seed": args.seed,
-        "accumulate": 1,
+        "parts": 1,
         "weights": {args.encoder: "none"},
         "weights_from": {},
         "train_images": len(samples),

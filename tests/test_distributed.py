@@ -51,7 +51,7 @@ def test_two_processes_train_as_one(two, tmp_path):
     # in another order.
     model = build(training_for(SMALL))
     alone = record_losses(model)
-    train(tmp_path, SMALL, model=model, accumulate=4)
+    train(tmp_path, SMALL, model=model, parts=4)
     of_first, of_second = answers["losses"]
     assert len(alone) == 4 * SMALL.steps
     for step in range(SMALL.steps):

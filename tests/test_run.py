@@ -109,7 +109,7 @@ def test_json_has_no_nan_and_a_broken_file_is_named(tmp_path):
     assert run.read_stage(tmp_path, "a.json", "02_metrics.py") == {"x": None, "y": [1.5, [None]]}
     for file, stage in (("run.json", "01_extract.py"), ("a.json", "02_metrics.py")):
         (tmp_path / file).write_text("{")
-        broken = f"{file} is not valid JSON .*delete it and run `python {stage} --run {tmp_path}`"
+        broken = f"{file} is not valid JSON .*delete it and run `python {stage} --run {tmp_path}"
         with pytest.raises(UserError, match=broken):
             run.read_stage(tmp_path, file, stage)
 

@@ -118,7 +118,7 @@ def training_for(recipe=RECIPE, **changes):
         "master_mode": "finetuned",
         "aux_mode": "frozen",
         "seed": 0,
-        "accumulate": 1,
+        "parts": 1,
         "weights": {},
         "weights_from": {},
         "train_images": 8,
@@ -137,7 +137,7 @@ def build(training):
 def train(folder, recipe=RECIPE, samples=None, model=None, save_every=2, **changes):
     training = training_for(recipe, **changes)
     settings = stage4.Settings(
-        device="cpu", workers=0, accumulate=training["accumulate"], save_every=save_every
+        device="cpu", workers=0, accumulate=training["parts"], save_every=save_every
     )
     samples = samples or Shapes()
     model = model or build(training)
@@ -645,9 +645,9 @@ def test_a_training_does_not_go_on_in_another_number_of_parts(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, samples=Disturbed(10, interrupt))
     before = (tmp_path / "log.csv").read_bytes()
-    refused = r"checkpoint\.pt was made with other settings \(accumulate\): give another --out"
+    refused = r"checkpoint\.pt was made with other settings \(parts\): give another --out"
     with pytest.raises(UserError, match=refused):
-        train(tmp_path, accumulate=2)
+        train(tmp_path, parts=2)
     assert saved_step(tmp_path) == 4
     assert (tmp_path / "log.csv").read_bytes() == before
 
@@ -766,7 +766,7 @@ def test_a_batch_in_micro_batches_is_nearly_the_batch(tmp_path):
     """
     recipe = dataclasses.replace(RECIPE, batch_size=4, steps=3, sample_points=4096)
     train(tmp_path / "one", recipe)
-    train(tmp_path / "four", recipe, accumulate=4)
+    train(tmp_path / "four", recipe, parts=4)
     for one, four in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
         assert one == pytest.approx(four, rel=0.05)
 
@@ -819,7 +819,7 @@ def test_logits_that_are_not_finite_stop_training_before_anything_is_saved(tmp_p
     names = r"\d, \d" if accumulate == 1 else r"\d"
     told = f"in step 1.* images {names}: the logits of decoder layer 0 are not finite"
     with pytest.raises(UserError, match=told):
-        train(tmp_path, model=model, accumulate=accumulate)
+        train(tmp_path, model=model, parts=accumulate)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
