@@ -577,7 +577,7 @@ def test_a_fine_tuned_encoder_comes_out_of_a_checkpoint(tmp_path):
 
     without_last_stage = {key: state[key] for key in state if "blocks.6" not in key}
     torch.save({"model": without_last_stage, "training": training}, file)
-    with pytest.raises(UserError, match="a run keeps only the stages.*Missing key.*blocks.6"):
+    with pytest.raises(UserError, match="its run dropped the stages.*Missing key.*blocks.6"):
         load_encoder("tiny_hiera", file)
 
     training = {"master": "tiny_vit", "auxiliary": None, "fusion": "none"}
