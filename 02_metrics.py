@@ -417,8 +417,8 @@ class EdgeProbe:
 
     def fit(self):
         """Solve the regression for each fold, from all others. ValueError for too few images."""
-        if self.images < FOLDS:
-            raise ValueError(f"{FOLDS} folds need as many images, there are {self.images}")
+        if self.image_count < FOLDS:
+            raise ValueError(f"{FOLDS} folds need as many images, there are {self.image_count}")
         self.weights = []
         folds = [self.fold(index) for index in range(self.image_count)]
         for fold in range(FOLDS):
