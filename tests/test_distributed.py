@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from common.run import UserError
+
 import pytest
 from test_train import build, logged_step, losses, record_losses, saved_step, train, training_for
 from two_processes import SMALL
@@ -51,7 +53,7 @@ def test_two_processes_train_as_one(two, tmp_path):
     # in another order.
     model = build(training_for(SMALL))
     alone = record_losses(model)
-    train(tmp_path, SMALL, model=model, parts=4)
+    train(tmp_path, SMALL, model=model, accumulate=4)
     of_first, of_second = answers["losses"]
     assert len(alone) == 4 * SMALL.steps
     for step in range(SMALL.steps):
@@ -105,7 +107,10 @@ def test_a_signal_ends_both_and_one_goes_on(stage, data, tmp_path):
     step = saved_step(out)
     # One process may end a step before the other, which then cannot finish its own.
     assert 3 <= step < 30 and step <= logged_step(out) <= step + 1
-    assert f"holds step {step} of 30: going on" in stage("04_train", *flags)
+    # Alone it needs the same parts.
+    with pytest.raises(UserError, match=r"other settings \(parts\)"):
+        stage("04_train", *flags)
+    assert f"holds step {step} of 30: going on" in stage("04_train", *flags, "--accumulate", 2)
     assert [row[0] for row in losses(out)] == list(range(1, 31))
 
 

@@ -301,7 +301,7 @@ def test_training_and_evaluation_too_early_name_the_command(stage, extract, data
     with pytest.raises(UserError, match="images without labels, so nothing is trained on them"):
         stage("05_eval", "--run", tmp_path / "run")
     nowhere = tmp_path / "nowhere"
-    missing = f"the run folder {nowhere} is missing: run `python 01_extract.py --run {nowhere}`"
+    missing = f"the run folder {nowhere} is missing: run `python 01_extract.py --run {nowhere} …`"
     with pytest.raises(UserError, match=missing):
         stage("02_metrics", "--run", nowhere)
 

@@ -99,15 +99,6 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-@pytest.fixture(autouse=True)
-def handlers_of_signals():
-    """Put the handlers back that a training sets, so that Ctrl-C still ends the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def training_for(recipe=RECIPE, **changes):
     training = {
         "benchmark": "shapes",
@@ -134,10 +125,10 @@ def build(training):
     return build_model(training, {"tiny_vit": "none", "tiny_hiera": "none"})
 
 
-def train(folder, recipe=RECIPE, samples=None, model=None, save_every=2, **changes):
-    training = training_for(recipe, **changes)
+def train(folder, recipe=RECIPE, samples=None, model=None, accumulate=1, save_every=2, **changes):
+    training = training_for(recipe, parts=stage4.WORLD * accumulate, **changes)
     settings = stage4.Settings(
-        device="cpu", workers=0, accumulate=training["parts"], save_every=save_every
+        device="cpu", workers=0, accumulate=accumulate, save_every=save_every
     )
     samples = samples or Shapes()
     model = model or build(training)
@@ -514,6 +505,9 @@ def test_the_long_side_is_limited():
         (["--crop", "0x64"], "multiples of 32"),
         (["--crop", "64x64x64"], "multiples of 32"),
         (["--steps", "-1"], "not be negative"),
+        (["--learning-rate", "0"], "nothing is learned"),
+        (["--encoder-multiplier", "0"], "nothing is learned"),
+        (["--max-grad-norm", "0"], "nothing is learned"),
         (["--resize", "200", "100"], "smaller one first"),
         (["--resize", "0", "100"], "smaller one first"),
         (["--hidden-dim", "50"], "multiple of 32"),
@@ -647,7 +641,7 @@ def test_a_training_does_not_go_on_in_another_number_of_parts(tmp_path):
     before = (tmp_path / "log.csv").read_bytes()
     refused = r"checkpoint\.pt was made with other settings \(parts\): give another --out"
     with pytest.raises(UserError, match=refused):
-        train(tmp_path, parts=2)
+        train(tmp_path, accumulate=2)
     assert saved_step(tmp_path) == 4
     assert (tmp_path / "log.csv").read_bytes() == before
 
@@ -702,7 +696,9 @@ def test_a_training_that_begins_anew_begins_its_log_anew(tmp_path):
 def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, number):
     # The fifth image is one of the third step.
     samples = Disturbed(5, lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
     assert train(tmp_path, samples=samples).ended_by == number
+    assert signal.getsignal(number) is before
     assert saved_step(tmp_path) == 3
     assert train(tmp_path).ended_by is None
     train(tmp_path / "whole")
@@ -766,7 +762,7 @@ def test_a_batch_in_micro_batches_is_nearly_the_batch(tmp_path):
     """
     recipe = dataclasses.replace(RECIPE, batch_size=4, steps=3, sample_points=4096)
     train(tmp_path / "one", recipe)
-    train(tmp_path / "four", recipe, parts=4)
+    train(tmp_path / "four", recipe, accumulate=4)
     for one, four in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
         assert one == pytest.approx(four, rel=0.05)
 
@@ -819,7 +815,7 @@ def test_logits_that_are_not_finite_stop_training_before_anything_is_saved(tmp_p
     names = r"\d, \d" if accumulate == 1 else r"\d"
     told = f"in step 1.* images {names}: the logits of decoder layer 0 are not finite"
     with pytest.raises(UserError, match=told):
-        train(tmp_path, model=model, parts=accumulate)
+        train(tmp_path, model=model, accumulate=accumulate)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 

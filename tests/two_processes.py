@@ -70,7 +70,7 @@ def check_training(folder: Path) -> dict:
     if stage4.RANK == 0:
         model = build(training_for(SMALL))
     recorded = record_losses(model)
-    train(folder, SMALL, model=model, parts=2)
+    train(folder, SMALL, model=model, accumulate=2)
     return {"parameters": gather(digest(model)), "losses": gather(recorded)}
 
 
