@@ -25,7 +25,7 @@ def test_a_short_training_beats_both_baselines_on_every_score(stage, data, tmp_p
     stage("01_extract", "--data", data, "--run", folder, "--limit", 2, "--size", "64x128")
     stage("02_metrics", "--run", folder)
     stage("03_select", "--run", folder, *pair)
-    stage("04_train", "--run", folder, "--steps", 300)
+    stage("04_train", "--run", folder, "--steps", 400)
     train = open_split("toycity", data, "train")
     val = open_split("toycity", data, "val")
     model, training = stage5.load_trained(folder)
